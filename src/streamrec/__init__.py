@@ -1,0 +1,88 @@
+"""streamrec: click-through-rate models that never stop learning.
+
+Every public name is loaded on first use: `import streamrec` alone loads no numpy, torch, numba or transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamrec.batch import Batch as Batch
+    from streamrec.errors import ConfigError as ConfigError
+    from streamrec.errors import DamagedError as DamagedError
+    from streamrec.errors import SchemaError as SchemaError
+    from streamrec.errors import SourceError as SourceError
+    from streamrec.errors import StoreError as StoreError
+    from streamrec.errors import StreamrecError as StreamrecError
+    from streamrec.evaluators import AUC as AUC
+    from streamrec.evaluators import CTR as CTR
+    from streamrec.evaluators import Calibration as Calibration
+    from streamrec.evaluators import ConversionRate as ConversionRate
+    from streamrec.evaluators import LogLoss as LogLoss
+    from streamrec.evaluators import NormalizedEntropy as NormalizedEntropy
+    from streamrec.evaluators import Report as Report
+    from streamrec.events import DeadLetter as DeadLetter
+    from streamrec.events import Feedback as Feedback
+    from streamrec.events import Impression as Impression
+    from streamrec.events import Labeled as Labeled
+    from streamrec.models import FM as FM
+    from streamrec.models import FTRL as FTRL
+    from streamrec.models import SGD as SGD
+    from streamrec.models import Adagrad as Adagrad
+    from streamrec.models import Adam as Adam
+    from streamrec.preprocessors import DeadLetters as DeadLetters
+    from streamrec.preprocessors import Dedup as Dedup
+    from streamrec.preprocessors import Filter as Filter
+    from streamrec.preprocessors import LabelJoin as LabelJoin
+    from streamrec.schema import Id as Id
+    from streamrec.schema import Ids as Ids
+    from streamrec.schema import Number as Number
+    from streamrec.schema import Schema as Schema
+    from streamrec.schema import Text as Text
+    from streamrec.serving import Candidate as Candidate
+    from streamrec.serving import Ranked as Ranked
+    from streamrec.serving import Scorer as Scorer
+    from streamrec.sources import JsonLines as JsonLines
+    from streamrec.sources import Memory as Memory
+    from streamrec.storage import Store as Store
+    from streamrec.trainers import OnlineTrainer as OnlineTrainer
+
+_HOME = {
+    "batch": ("Batch",),
+    "errors": ("ConfigError", "DamagedError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
+    "evaluators": (
+        "AUC",
+        "CTR",
+        "Calibration",
+        "ConversionRate",
+        "LogLoss",
+        "NormalizedEntropy",
+        "Report",
+    ),
+    "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
+    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam"),
+    "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
+    "schema": ("Id", "Ids", "Number", "Schema", "Text"),
+    "serving": ("Candidate", "Ranked", "Scorer"),
+    "sources": ("JsonLines", "Memory"),
+    "storage": ("Store",),
+    "trainers": ("OnlineTrainer",),
+}
+_ROOM = {name: room for room, names in _HOME.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_ROOM)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module 'streamrec' has no attribute {name!r}")
+    value = getattr(import_module(f"streamrec.{_ROOM[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,67 @@
+"""Batch: encoded impressions, columnar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Batch"]
+
+_NO_TEXT = np.zeros((0, 0), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded impressions. Row r holds the entries `starts[r]` to `ends[r]` (excluded) of the three columns.
+
+    `ids`: int64 `(entries,)`, hashes; `values`: float32 `(entries,)`, what each id is multiplied by;
+    `fields`: int32 `(entries,)`, the index of each entry's field in the schema; `starts`, `ends`: int64 `(rows,)`.
+    Within a row no id stands twice. Several batches may be views of the same columns, so that `take` copies none.
+
+    `text_refs`: int32 `(rows, text fields)`, references into `texts`, the distinct texts; -1 where there is none.
+    """
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+    fields: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    texts: Sequence[str] = ()
+    text_refs: NDArray[np.int32] = _NO_TEXT
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64] | slice) -> Batch:
+        """These rows, in this order, over the same columns."""
+        chosen = rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        refs = self.text_refs[chosen] if self.text_refs.size else self.text_refs
+        return Batch(self.ids, self.values, self.fields, self.starts[chosen], self.ends[chosen], self.texts, refs)
+
+    @cached_property
+    def entries(self) -> NDArray[np.int64]:
+        """int64: where the rows' entries stand in the columns, row after row."""
+        lengths = self.ends - self.starts
+        firsts = np.repeat(self.starts - (np.cumsum(lengths) - lengths), lengths)
+        return firsts + np.arange(int(lengths.sum()), dtype=np.int64)
+
+    def compact(self) -> Batch:
+        """The same rows over columns of their own that hold nothing else, row after row."""
+        where = self.entries
+        ends = np.cumsum(self.ends - self.starts)
+        used, refs = np.unique(self.text_refs, return_inverse=True)
+        texts = [self.texts[ref] for ref in used if ref >= 0]
+        shift = 1 if used.size and used[0] < 0 else 0
+        return Batch(
+            self.ids[where],
+            self.values[where],
+            self.fields[where],
+            ends - (self.ends - self.starts),
+            ends,
+            texts,
+            (refs.reshape(self.text_refs.shape) - shift).astype(np.int32),
+        )

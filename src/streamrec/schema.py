@@ -1,0 +1,164 @@
+"""Schema and its fields: which parts of an impression a model sees, and how each becomes numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Union
+
+import msgspec
+
+from streamrec.errors import SchemaError
+
+__all__ = ["Field", "Id", "Ids", "Number", "Schema", "Text"]
+
+
+class Id(msgspec.Struct, frozen=True, tag_field="field", tag="id"):
+    """One categorical value: a user, an item, a country. Strings, integers and booleans; 5 and "5" are the same.
+
+    `name`: `"user"` and `"item"` are read from the impression itself, every other name from its `features`.
+    An absent value or None is a value of its own, "unknown".
+    """
+
+    name: str
+
+
+class Ids(msgspec.Struct, frozen=True, tag_field="field", tag="ids"):
+    """Several categorical values: genres, tags.
+
+    A list of n values gives each the weight 1/n; a mapping `{value: weight}` is taken as given. Absent, None and
+    empty contribute nothing. At most `limit` values are used, the first ones; what is cut is reported.
+    """
+
+    name: str
+    limit: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise SchemaError(f"Ids({self.name!r}): limit must be >= 1, got {self.limit!r}")
+
+
+class Number(msgspec.Struct, frozen=True, tag_field="field", tag="number"):
+    """One number x. Absent and None are fine: "unknown" has a weight of its own.
+
+    `log`: use sign(x) log(1 + |x|). `scale`: divide by this. `standardize`: subtract the mean and divide by the
+    standard deviation of what the model has learned from so far. Those statistics are the model's state, saved and
+    published with it, so that encoding itself remembers nothing.
+    """
+
+    name: str
+    log: bool = False
+    scale: float = 1.0
+    standardize: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise SchemaError(f"Number({self.name!r}): scale must be a finite number > 0, got {self.scale!r}")
+
+
+class Text(msgspec.Struct, frozen=True, tag_field="field", tag="text"):
+    """A text, kept in the batch for the models that read it; models that do not, ignore it."""
+
+    name: str
+
+
+Field = Union[Id, Ids, Number, Text]
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    fields: list[Field]
+    seed: int
+
+
+class Schema:
+    """The fields of a model, in order. `seed` seeds the 64-bit hashes that turn values into ids.
+
+    Raises `SchemaError` where two fields share a name or there is none.
+
+    >>> schema = Schema(Id("user"), Id("item"), Number("price", log=True))
+    >>> len(schema), schema.names
+    (3, ('user', 'item', 'price'))
+    """
+
+    __slots__ = ("fields", "seed")
+
+    def __init__(self, *fields: Field, seed: int = 0) -> None:
+        if not fields:
+            raise SchemaError('a schema needs at least one field, such as Id("user")')
+        for field in fields:
+            if not isinstance(field, (Id, Ids, Number, Text)):
+                raise SchemaError(f"a field is an Id, Ids, Number or Text, got {field!r}")
+            if not isinstance(field.name, str) or not field.name:
+                raise SchemaError(f"a field needs a name, got {field!r}")
+        names = [field.name for field in fields]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise SchemaError(f"two fields share a name: {', '.join(twice)}; give each field a name of its own")
+        if not 0 <= seed < 2**64:
+            raise SchemaError(f"seed must be an unsigned 64-bit integer, got {seed!r}")
+        self.fields: tuple[Field, ...] = fields
+        self.seed = seed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the fields, in order."""
+        return tuple(field.name for field in self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __iter__(self) -> Iterator[Field]:
+        return iter(self.fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and (self.fields, self.seed) == (other.fields, other.seed)
+
+    def __hash__(self) -> int:
+        return hash((self.fields, self.seed))
+
+    def __repr__(self) -> str:
+        inside = [repr(field) for field in self.fields] + ([f"seed={self.seed}"] if self.seed else [])
+        return f"Schema({', '.join(inside)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """This schema as what JSON can hold; `from_dict` reads it back."""
+        saved: dict[str, Any] = msgspec.to_builtins(_Saved(list(self.fields), self.seed))
+        return saved
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Schema:
+        """The schema that `to_dict` wrote. Raises `SchemaError` where that is not what it is given."""
+        try:
+            read = msgspec.convert(saved, _Saved)
+        except msgspec.ValidationError as error:
+            raise SchemaError(f"not a saved schema: {error}") from error
+        return cls(*read.fields, seed=read.seed)
+
+    def require(self, other: Schema, *, what: str) -> None:
+        """Raise `SchemaError`, naming the fields, unless `other`, the schema of `what`, equals this one.
+
+        >>> Schema(Id("user")).require(Schema(Id("item")), what="the checkpoint")
+        Traceback (most recent call last):
+            ...
+        streamrec.errors.SchemaError: the schema differs from that of the checkpoint: 'user' is only here; \
+'item' is only there. Use the same fields, or start from an empty store.
+        """
+        if self == other:
+            return
+        mine = {field.name: field for field in self.fields}
+        theirs = {field.name: field for field in other.fields}
+        found = [f"{name!r} is only here" for name in mine if name not in theirs]
+        found += [f"{name!r} is only there" for name in theirs if name not in mine]
+        found += [
+            f"{name!r} is {field!r} here and {theirs[name]!r} there"
+            for name, field in mine.items()
+            if name in theirs and theirs[name] != field
+        ]
+        if not found and self.seed != other.seed:
+            found = [f"the seed is {self.seed} here and {other.seed} there"]
+        if not found:
+            found = [f"the order is {', '.join(mine)} here and {', '.join(theirs)} there"]
+        raise SchemaError(
+            f"the schema differs from that of {what}: {'; '.join(found)}. "
+            "Use the same fields, or start from an empty store."
+        )
