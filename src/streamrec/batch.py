@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 __all__ = ["Batch"]
 
-_NO_TEXT = np.zeros((0, 0), dtype=np.int32)
+
+def _no_text() -> NDArray[np.int32]:
+    return np.zeros((0, 0), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Batch:
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     texts: Sequence[str] = ()
-    text_refs: NDArray[np.int32] = _NO_TEXT
+    text_refs: NDArray[np.int32] = field(default_factory=_no_text)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -14,8 +14,9 @@ from typing_extensions import Self
 
 from streamrec.batch import Batch
 from streamrec.events import Event, Item, Position
+from streamrec.schema import Schema
 
-__all__ = ["Metric", "Model", "OrderedModel", "Source", "Stage", "State", "Stateful"]
+__all__ = ["LEARN", "SCORE", "Metric", "Model", "OrderedModel", "Source", "Stage", "State", "Stateful"]
 
 State = Mapping[str, Any]
 """Nested mappings with string keys, and lists; the leaves are numpy arrays, torch tensors, strings, bytes, numbers,
@@ -74,7 +75,16 @@ class Stage(Stateful, Protocol):
 
 @runtime_checkable
 class Model(Stateful, Protocol):
-    """Click probabilities that learn."""
+    """Click probabilities that learn.
+
+    A model may also have `published()`, the part of its state that a scorer needs, and `config()` with `from_config()`,
+    by which a scorer builds it; without them the whole state is published, and a scorer is given a model to fill.
+    """
+
+    @property
+    def schema(self) -> Schema:
+        """What its batches are encoded by."""
+        ...
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
         """float32 `(rows,)`: each row's click probability. Changes nothing."""

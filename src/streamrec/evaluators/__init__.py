@@ -1,0 +1,19 @@
+"""Judging the scores that were served: metrics, progressive validation over event time, and the report of a run."""
+
+from __future__ import annotations
+
+from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
+from streamrec.evaluators.progressive import ProgressiveValidation, Window
+from streamrec.evaluators.report import Report
+
+__all__ = [
+    "AUC",
+    "CTR",
+    "Calibration",
+    "ConversionRate",
+    "LogLoss",
+    "NormalizedEntropy",
+    "ProgressiveValidation",
+    "Report",
+    "Window",
+]

@@ -1,0 +1,81 @@
+"""Report: how a run went, to read in a terminal or to plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from streamrec.evaluators.progressive import Window
+
+__all__ = ["Report"]
+
+_EVEN_IF_ZERO = ("events", "learned", "pending")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the metrics say of a run, and what became of its events.
+
+    `metrics`: values by name. `counts`: events in, learned, pending, dropped by reason. `windows`: the metrics
+    over event time. `seconds`: wall clock of the run, 0 if not measured. `interrupted`: whether it was stopped early.
+
+    >>> print(Report({"AUC": 0.76186, "CTR": 0.0412}, {"events": 100000, "learned": 99876, "duplicate": 124}, seconds=2.5))
+    AUC         0.7619
+    CTR         0.0412
+    <BLANKLINE>
+    events     100,000
+    learned     99,876
+    duplicate      124
+    <BLANKLINE>
+    2.5 s, 40,000 events/s
+    """
+
+    metrics: Mapping[str, float]
+    counts: Mapping[str, int]
+    windows: Sequence[Window] = ()
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def __str__(self) -> str:
+        metrics = {name: _measure(value) for name, value in self.metrics.items()}
+        counts = {name: f"{n:,}" for name, n in self.counts.items() if n or name in _EVEN_IF_ZERO}
+        left = max(map(len, [*metrics, *counts]), default=0)
+        right = max(map(len, [*metrics.values(), *counts.values()]), default=0)
+        tables = (
+            "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in t.items()) for t in (metrics, counts)
+        )
+        return "\n\n".join(part for part in (*tables, ", ".join(self._pace())) if part)
+
+    def plot(self, path: str | PathLike[str], **options: Any) -> None:
+        """Draw the windows into the file `path`; `options` are those of `streamrec.evaluators.plot.plot_windows`.
+
+        Needs matplotlib: `pip install "streamrec[plot]"`. Raises `ConfigError` where no window can be drawn.
+        """
+        from streamrec.evaluators.plot import plot_windows
+
+        plot_windows({"": self}, path, **options)
+
+    def _pace(self) -> list[str]:
+        said = []
+        if self.seconds > 0:
+            said.append(_duration(self.seconds))
+            if self.counts.get("events"):
+                said.append(f"{self.counts['events'] / self.seconds:,.0f} events/s")
+        return [*said, "interrupted"] if self.interrupted else said
+
+
+def _measure(value: float) -> str:
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:,.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3e}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s"

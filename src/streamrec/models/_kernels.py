@@ -1,0 +1,290 @@
+"""The compiled loop of the FM: operations in order over encoded rows, event by event.
+
+One loop does all: scoring and learning share one forward pass, so that a score does not depend on what is done next,
+on how many rows a call has, or on who calls. Nothing is allocated per event.
+
+The parameters of an id are one row of `weights`: its `dim` factors, then its linear weight. What the optimizers
+remember of them is one row of `state`: factors' slots (each `dim` wide), factors' row slot, linear slots, linear
+row slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from streamrec._compile import compiled
+from streamrec.models._hash_table import insert, lookup
+from streamrec.protocols import LEARN
+
+__all__ = ["first_factors", "normalized", "step_kernel"]
+
+SGD, ADAGRAD, FTRL, ADAM = 0, 1, 2, 3
+REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
+MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31, _S40 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(40)
+
+
+@compiled(inline=True)
+def _first_factor(key: Any, factor: int, seed: Any, scale: float) -> Any:
+    """Where factor number `factor` of an id starts: uniform in ±scale, a function of the id and the seed alone."""
+    # SplitMix64 (Steele et al. 2014), so that an id's first vector does not depend on when it came
+    mixed = np.uint64(key) ^ seed
+    mixed += _GOLDEN * np.uint64(factor + 1)
+    mixed = (mixed ^ (mixed >> _S30)) * _MIX_1
+    mixed = (mixed ^ (mixed >> _S27)) * _MIX_2
+    mixed ^= mixed >> _S31
+    return np.float32((np.float32(mixed >> _S40) * np.float32(2.0**-23) - np.float32(1.0)) * scale)
+
+
+@compiled()
+def first_factors(ids: Any, dim: int, seed_number: int, scale: Any) -> Any:
+    """float32 `(n, dim)`: the vectors at which these ids start."""
+    seed = np.uint64(seed_number)
+    vectors = np.empty((len(ids), dim), dtype=np.float32)
+    for i in range(len(ids)):
+        for f in range(dim):
+            vectors[i, f] = _first_factor(ids[i], f, seed, scale)
+    return vectors
+
+
+@compiled(inline=True)
+def _standardized(value: Any, field: int, stats: Any) -> Any:
+    """(value - mean) / standard deviation, by what was learned so far; within ±10; 0 while there is no deviation."""
+    if stats[field, 0] < 2.0 or stats[field, 2] <= 0.0:
+        return np.float32(0.0)
+    scaled = (value - stats[field, 1]) / math.sqrt(stats[field, 2] / stats[field, 0])
+    return np.float32(min(max(scaled, -10.0), 10.0))
+
+
+@compiled()
+def normalized(values: Any, fields: Any, standardize: Any, stats: Any) -> Any:
+    """float32 `(entries,)`: values as the model sees them, those of standardised fields by their running statistics."""
+    seen = values.copy()
+    for i in range(len(values)):
+        if standardize[fields[i]]:
+            seen[i] = _standardized(values[i], fields[i], stats)
+    return seen
+
+
+@compiled(inline=True)
+def _observe(value: Any, field: int, stats: Any) -> None:
+    """Take a value into a field's running count, mean and sum of squares (Welford 1962)."""
+    stats[field, 0] += 1.0
+    before = value - stats[field, 1]
+    stats[field, 1] += before / stats[field, 0]
+    stats[field, 2] += before * (value - stats[field, 1])
+
+
+@compiled(inline=True)
+def _sgd(w: Any, g: Any, numbers: Any) -> Any:
+    return w - numbers[0] * (g + numbers[1] * w)
+
+
+@compiled(inline=True)
+def _adagrad(w: Any, g: Any, n: Any, numbers: Any) -> Any:
+    return w - numbers[0] * g / (math.sqrt(n) + numbers[2])
+
+
+@compiled(inline=True)
+def _ftrl_weight(z: Any, root: Any, numbers: Any) -> Any:
+    """The weight at z and √n = root; `numbers`: 1 / lr, beta, l1, l2."""
+    shrunk = max(z - numbers[2], np.float32(0.0)) + min(z + numbers[2], np.float32(0.0))
+    return -shrunk / ((numbers[1] + root) * numbers[0] + numbers[3])
+
+
+@compiled(inline=True)
+def _ftrl_start(w: Any, numbers: Any) -> Any:
+    """The z at which a weight that has seen no gradient is w."""
+    return -w * (numbers[1] * numbers[0] + numbers[3]) - (numbers[2] if w > 0 else -numbers[2])
+
+
+@cache
+def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., int]:
+    """The loop for one number of factors and one pair of optimizers, which the compiler then knows."""
+    factor_slots = (0, 1, 2, 2)[factor_rule]
+    linear_at = factor_slots * dim + (1 if factor_rule == ADAM else 0)
+    one = np.float32(1.0)
+    zero = np.float32(0.0)
+    half = np.float32(0.5)
+
+    @compiled(inline=True)
+    def begin_row(key: Any, w: Any, s: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
+        for f in range(dim):
+            w[f] = _first_factor(key, f, seed, scale)
+        w[dim] = zero
+        s[:] = zero  # for FTRL too: z = 0 is where a linear weight of 0 starts
+        if factor_rule == FTRL:
+            for f in range(dim):
+                s[f] = _ftrl_start(w[f], fnum)
+
+    @compiled(inline=True)
+    def move_linear(w: Any, at: int, g: Any, s: Any, base: int, numbers: Any) -> None:
+        if linear_rule == SGD:
+            w[at] = _sgd(w[at], g, numbers)
+        elif linear_rule == ADAGRAD:
+            g += numbers[1] * w[at]
+            s[base] += g * g
+            w[at] = _adagrad(w[at], g, s[base], numbers)
+        elif linear_rule == FTRL:
+            n = s[base + 1]
+            grown = n + g * g
+            root = math.sqrt(grown)
+            z = s[base] + g - (root - math.sqrt(n)) * numbers[0] * w[at]
+            s[base] = z
+            s[base + 1] = grown
+            w[at] = _ftrl_weight(z, root, numbers)
+        else:
+            s[base + 2] += one
+            s[base] = numbers[1] * s[base] + (one - numbers[1]) * g
+            s[base + 1] = numbers[2] * s[base + 1] + (one - numbers[2]) * g * g
+            rate = numbers[0] / (one - numbers[1] ** s[base + 2])
+            root = math.sqrt(one - numbers[2] ** s[base + 2])
+            w[at] -= rate * s[base] / (math.sqrt(s[base + 1]) / root + numbers[3])
+
+    @compiled(inline=True)
+    def move_factors(w: Any, sums: Any, gx: Any, x: Any, s: Any, numbers: Any) -> None:
+        if factor_rule == SGD:
+            for f in range(dim):
+                w[f] = _sgd(w[f], gx * (sums[f] - w[f] * x), numbers)
+        elif factor_rule == ADAGRAD:
+            for f in range(dim):
+                g = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
+                n = s[f] + g * g
+                s[f] = n
+                w[f] = _adagrad(w[f], g, n, numbers)
+        elif factor_rule == FTRL:
+            for f in range(dim):
+                g = gx * (sums[f] - w[f] * x)
+                n = s[dim + f]
+                grown = n + g * g
+                root = math.sqrt(grown)
+                z = s[f] + g - (root - math.sqrt(n)) * numbers[0] * w[f]
+                s[f] = z
+                s[dim + f] = grown
+                w[f] = _ftrl_weight(z, root, numbers)
+        else:
+            s[2 * dim] += one
+            rate = numbers[0] / (one - numbers[1] ** s[2 * dim])
+            root = math.sqrt(one - numbers[2] ** s[2 * dim])
+            for f in range(dim):
+                g = gx * (sums[f] - w[f] * x)
+                m = numbers[1] * s[f] + (one - numbers[1]) * g
+                v = numbers[2] * s[dim + f] + (one - numbers[2]) * g * g
+                s[f] = m
+                s[dim + f] = v
+                w[f] -= rate * m / (math.sqrt(v) / root + numbers[3])
+
+    @compiled(fastmath=REASSOCIATE)
+    def step(
+        ids: Any,
+        values: Any,
+        fields: Any,
+        starts: Any,
+        ends: Any,
+        rows: Any,
+        ops: Any,
+        labels: Any,
+        weights: Any,
+        slots: Any,
+        slot_rows: Any,
+        row_ids: Any,
+        used: Any,
+        table: Any,
+        state: Any,
+        bias: Any,
+        bias_state: Any,
+        standardize: Any,
+        stats: Any,
+        seed_number: int,
+        numbers: Any,
+        scores: Any,
+    ) -> int:
+        """Fill `scores` (before learning); return how many rows were left out of learning because of a logit or
+        a gradient that is not finite. `standardize` is empty where no field is; `numbers`: scale, factors', linear."""
+        any_standardized = len(standardize) > 0
+        seed = np.uint64(seed_number)
+        scale = numbers[0]
+        fnum = numbers[1:5]
+        lnum = numbers[5:9]
+        longest = 1
+        for k in range(len(rows)):
+            longest = max(longest, ends[rows[k]] - starts[rows[k]])
+        where = np.empty(longest, dtype=np.int64)
+        xs = np.empty(longest, dtype=np.float32)
+        sums = np.empty(max(dim, 1), dtype=np.float32)
+        squares = np.empty(max(dim, 1), dtype=np.float32)
+        left_out = 0
+        for k in range(len(rows)):
+            row = rows[k]
+            start = starts[row]
+            count = ends[row] - start
+            learns = (ops[k] & LEARN) != 0
+            for f in range(dim):
+                sums[f] = zero
+                squares[f] = zero
+            logit = bias[0]
+            for i in range(count):
+                key = ids[start + i]
+                x = values[start + i]
+                if any_standardized and standardize[fields[start + i]]:
+                    x = _standardized(x, fields[start + i], stats)
+                xs[i] = x
+                at = lookup(key, slots, slot_rows)
+                where[i] = at
+                if at >= 0:
+                    w = table[at]
+                    logit += w[dim] * x
+                    for f in range(dim):
+                        part = w[f] * x
+                        sums[f] += part
+                        squares[f] += part * part
+                else:  # it starts at a known vector, so it need not be in the table to be scored
+                    for f in range(dim):
+                        part = _first_factor(key, f, seed, scale) * x
+                        sums[f] += part
+                        squares[f] += part * part
+            pairs = zero
+            for f in range(dim):
+                pairs += sums[f] * sums[f] - squares[f]
+            logit += half * pairs
+            if not math.isfinite(logit):
+                scores[k] = np.float32(1.0 / (1.0 + math.exp(-bias[0])))
+                left_out += learns
+                continue
+            bounded = min(max(logit, -MAX_LOGIT), MAX_LOGIT)
+            p = np.float32(1.0 / (1.0 + math.exp(-bounded)))
+            scores[k] = p
+            if not learns:
+                continue
+            g = (p - labels[k]) * weights[k]
+            if not math.isfinite(g):
+                left_out += 1
+                continue
+            move_linear(bias, 0, g, bias_state, 0, lnum)
+            for i in range(count):
+                at = where[i]
+                key = ids[start + i]
+                if at < 0:
+                    at = insert(key, slots, slot_rows, row_ids, used)
+                    begin_row(key, table[at], state[at], seed, scale, fnum, lnum)
+                x = xs[i]
+                w = table[at]
+                s = state[at]
+                gx = g * x
+                move_linear(w, dim, gx, s, linear_at, lnum)
+                move_factors(w, sums, gx, x, s, fnum)
+                if any_standardized and standardize[fields[start + i]]:
+                    _observe(values[start + i], fields[start + i], stats)
+        return left_out
+
+    kernel: Callable[..., int] = step
+    return kernel

@@ -1,0 +1,6 @@
+"""Where events come from: any object with the three methods of `streamrec.protocols.Source` will do."""
+
+from streamrec.sources.json_lines import JsonLines
+from streamrec.sources.memory import Memory
+
+__all__ = ["JsonLines", "Memory"]

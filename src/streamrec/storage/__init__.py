@@ -1,0 +1,7 @@
+"""Checkpoints and published models: versioned, atomic, checksummed."""
+
+from __future__ import annotations
+
+from streamrec.storage.store import DamagedWarning, Shelf, Store, Version
+
+__all__ = ["DamagedWarning", "Shelf", "Store", "Version"]

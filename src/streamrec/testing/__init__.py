@@ -1,0 +1,9 @@
+"""Contracts for parts of your own: call one from a test, and it raises `AssertionError` where a promise is broken.
+
+They need no test framework.
+"""
+
+from streamrec.testing._source import check_source
+from streamrec.testing._stage import check_stage
+
+__all__ = ["check_source", "check_stage"]

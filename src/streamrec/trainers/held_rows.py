@@ -1,0 +1,142 @@
+"""HeldRows: encoded impressions that wait for their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrec.batch import Batch
+from streamrec.protocols import State
+
+__all__ = ["HeldRows"]
+
+
+class HeldRows:
+    """Rows of batches in common columns, each under a slot number until it is freed, with the score it was served.
+
+    So that a row is encoded once, when its impression comes, and learned as it was then. Memory follows what is held:
+    freed space is used again.
+    """
+
+    def __init__(self, text_fields: int = 0) -> None:
+        self._text_fields = text_fields
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids: NDArray[np.int64] = np.empty(4096, dtype=np.int64)
+        self._values: NDArray[np.float32] = np.empty(4096, dtype=np.float32)
+        self._fields: NDArray[np.int32] = np.empty(4096, dtype=np.int32)
+        self._end = 0  # entries in use, those of freed rows among them
+        self._starts: NDArray[np.int64] = np.zeros(512, dtype=np.int64)
+        self._ends: NDArray[np.int64] = np.zeros(512, dtype=np.int64)
+        self._refs: NDArray[np.int32] = np.full((512, self._text_fields), -1, dtype=np.int32)
+        self.served: NDArray[np.float32] = np.zeros(512, dtype=np.float32)
+        """float32 `(slots,)`: the score each held row was served with."""
+        self._free: list[int] = list(range(511, -1, -1))
+        self._texts: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """How many rows are held."""
+        return len(self._starts) - len(self._free)
+
+    @property
+    def batch(self) -> Batch:
+        """All slots as a batch: row r is slot r. A view, good until the next `add`."""
+        return Batch(self._ids, self._values, self._fields, self._starts, self._ends, list(self._texts), self._refs)
+
+    def add(self, batch: Batch) -> list[int]:
+        """Hold these rows, which must be a compact batch; return their slots, in order."""
+        rows, entries = len(batch), len(batch.ids)
+        if self._end + entries > len(self._ids):
+            self._make_room(entries)
+        if len(self._free) < rows:
+            self._more_slots(rows)
+        slots = self._free[-rows:][::-1] if rows else []
+        if rows:
+            del self._free[-rows:]
+        begin, end = self._end, self._end + entries
+        self._ids[begin:end] = batch.ids
+        self._values[begin:end] = batch.values
+        self._fields[begin:end] = batch.fields
+        self._starts[slots] = batch.starts + begin
+        self._ends[slots] = batch.ends + begin
+        self._end = end
+        if self._text_fields:
+            known = np.array(
+                [self._texts.setdefault(text, len(self._texts)) for text in batch.texts] + [-1], dtype=np.int32
+            )
+            self._refs[slots] = known[batch.text_refs]  # a reference of -1 reads the last, which is -1
+        return slots
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Let these rows go."""
+        self._free += slots
+
+    def _held(self) -> NDArray[np.int64]:
+        held = np.ones(len(self._starts), dtype=np.bool_)
+        held[self._free] = False
+        return np.flatnonzero(held)
+
+    def _make_room(self, entries: int) -> None:
+        """Move what is held to the front of columns with room for `entries` more, and drop texts nobody refers to."""
+        held = self._held()
+        kept = self.batch.take(held).compact()
+        size = len(self._ids)
+        while size < 2 * (len(kept.ids) + entries):  # at most half full, so that the next move is far off
+            size *= 2
+        for name in ("ids", "values", "fields"):
+            column = getattr(kept, name)
+            larger = np.empty(size, dtype=column.dtype)
+            larger[: len(column)] = column
+            setattr(self, f"_{name}", larger)
+        self._starts[held], self._ends[held] = kept.starts, kept.ends
+        self._end = len(kept.ids)
+        if self._text_fields:
+            self._refs[held] = kept.text_refs
+            self._texts = {text: ref for ref, text in enumerate(kept.texts)}
+
+    def _more_slots(self, rows: int) -> None:
+        before = len(self._starts)
+        after = before
+        while after - before + len(self._free) < rows:
+            after *= 2
+        for name in ("_starts", "_ends", "_refs", "served"):
+            column = getattr(self, name)
+            larger = np.full((after, *column.shape[1:]), -1, dtype=column.dtype)
+            larger[:before] = column
+            setattr(self, name, larger)
+        self._starts[before:] = self._ends[before:] = 0
+        self._free = list(range(after - 1, before - 1, -1)) + self._free
+
+    def state_dict(self) -> State:
+        """The rows held, their slots and served scores."""
+        held = self._held()
+        kept = self.batch.take(held).compact()
+        return {
+            "slots": held,
+            "served": self.served[held],
+            "ids": kept.ids,
+            "values": kept.values,
+            "fields": kept.fields,
+            "lengths": kept.ends - kept.starts,
+            "texts": list(kept.texts),
+            "text_refs": kept.text_refs.reshape(len(held), self._text_fields),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Hold what was held, under the same slots."""
+        self._clear()
+        held: Any = np.asarray(state["slots"])
+        ends = np.cumsum(state["lengths"])
+        starts = ends - state["lengths"]
+        batch = Batch(state["ids"], state["values"], state["fields"], starts, ends, state["texts"], state["text_refs"])
+        if len(held):
+            self._more_slots(int(held[-1]) + 1)
+        taken = set(held.tolist())
+        others = [slot for slot in self._free if slot not in taken]
+        self._free = others + held[::-1].tolist()  # so that `add` gives the rows the slots they had
+        self.add(batch)
+        self.served[held] = state["served"]

@@ -1,0 +1,403 @@
+"""OnlineTrainer: score, wait for the label, judge the score that was served, learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from streamrec.errors import ConfigError, StoreError
+from streamrec.evaluators import ProgressiveValidation, Report
+from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled, Position
+from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Validate
+from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
+from streamrec.schema import Schema, Text
+from streamrec.storage import Store, Version
+from streamrec.trainers._stop import stop_on_signals
+from streamrec.trainers.held_rows import HeldRows
+from streamrec.trainers.in_order import InOrder
+
+__all__ = ["OnlineTrainer"]
+
+FORMAT = 1
+"""Of the checkpoints written here. Another one is refused."""
+
+
+class OnlineTrainer:
+    """Learns from a stream, event by event, each impression scored with all that came before it learned.
+
+    An `Impression` is encoded, scored and held until `join` knows its label; then the score that was served is judged
+    (the impression's own `score` where it came with one, else ours) and the row, as it was encoded then, is learned.
+    `Labeled` items are scored, judged and learned at once. How the stream is cut into pushes changes no bit of
+    anything.
+
+    `model`: learns the kind of feedback `target`; labels of other kinds are only judged. `preprocessors`: run in order
+    before it; events that cannot be used at all never reach them, but go to `dead_letters`. `join`: without one,
+    impressions are scored but not learned from, and counted. `metrics`: kept since the start and, with `window`, per so
+    many seconds of event time. `store`: a `Store` or where to make one; None keeps nothing. `checkpoint_every`,
+    `checkpoint_seconds`: `run` cuts a checkpoint and publishes a version after so many events or seconds on `clock`,
+    whichever is first, and at its end. `batch_size`: events `run` reads at once.
+
+    >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
+    >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
+    >>> trainer = OnlineTrainer(model=FM(Schema(Id("user"), Id("item")), dim=4), metrics=[AUC(), CTR()])
+    >>> report = trainer.run(Memory([Labeled(one, label=float(one.item == "p1")) for one in shown]))
+    >>> report.metrics["AUC"] > 0.9, report.metrics["CTR"], report.counts["learned"]
+    (True, 0.5, 100)
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        preprocessors: Sequence[Stage] = (),
+        join: LabelJoin | None = None,
+        metrics: Sequence[Metric] = (),
+        window: float | None = None,
+        store: Store | str | None = None,
+        checkpoint_every: int = 100_000,
+        checkpoint_seconds: float = 60.0,
+        batch_size: int = 256,
+        target: str = "click",
+        dead_letters: DeadLetters | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"{name} must be >= 1 event, got {value!r}")
+        if not checkpoint_seconds > 0:
+            raise ConfigError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds!r}")
+        if join is not None and target not in join.windows:
+            raise ConfigError(
+                f"the model is to learn {target!r}, but the join has windows for {', '.join(join.windows)}; "
+                f"give LabelJoin a window for {target!r}, or another target"
+            )
+        self.model = model
+        self.preprocessors = list(preprocessors)
+        self.join = join
+        self.validation = ProgressiveValidation(metrics, window=window)
+        self.store = Store(store) if isinstance(store, str) else store
+        self.checkpoint_every = checkpoint_every
+        self.checkpoint_seconds = checkpoint_seconds
+        self.batch_size = batch_size
+        self.target = target
+        self.dead_letters = DeadLetters() if dead_letters is None else dead_letters
+        self._clock = clock
+        self._validate = Validate()
+        self._encoder = Encoder(model.schema)
+        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema))
+        self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._lap = clock()
+        self._saved_events = 0
+        self._saved_time = clock()
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def push(self, events: Sequence[Item]) -> list[float]:
+        """Take the next events; return the scores of its `Impression` and `Labeled` items, in order.
+
+        A score is nan where its item did not reach the model: it could not be used, or a preprocessor dropped it.
+        Nothing is written: `run` does that, or `checkpoint` when `checkpoint_due`.
+        """
+        checked = self._validate.push(events)
+        usable: list[Any] = [item for item in checked if not isinstance(item, DeadLetter)]
+        if len(usable) < len(checked):
+            self._put_aside(checked)
+        kept = usable
+        for stage in self.preprocessors:
+            kept = stage.push(kept)
+        scores = self._advance(kept)
+        self._counts["events"] += len(events)
+        if len(kept) < len(events):
+            return _aligned(events, kept, scores)
+        return scores
+
+    def _put_aside(self, checked: Sequence[Item]) -> None:
+        """Keep the dead letters among these; those without a position stand where they were pushed."""
+        for place, item in enumerate(checked, start=self._counts["events"]):
+            if isinstance(item, DeadLetter):
+                self.dead_letters.add(DeadLetter(item.position or {"event": place}, item.reason, item.raw))
+
+    def _advance(self, events: Sequence[Any]) -> list[float]:
+        """Score, join, judge and learn, in the order of the events; return the scores."""
+        shown = [e.impression if isinstance(e, Labeled) else e for e in events if not isinstance(e, Feedback)]
+        batch, problems = self._encoder(shown)
+        for problem in problems:  # the event goes on without the value
+            reason = f"unusable value: {problem.field}: {problem.reason}"
+            self.dead_letters.add(DeadLetter({"impression_id": shown[problem.row].id}, reason))
+        slots = iter(self._rows.add(batch))
+
+        rows: list[int] = []  # what the model does, in order
+        ops: list[int] = []
+        labels: list[float] = []
+        weights: list[float] = []
+        scored: list[int] = []  # which of that gives the score of an impression
+        judged: list[tuple[int, float, float, float, str]] = []  # slot, label, weight, time, kind
+        freed: list[int] = []
+        target, join = self.target, self.join
+        for event in events:
+            if isinstance(event, Labeled):
+                slot = next(slots)
+                scored.append(len(rows))
+                rows.append(slot)
+                ops.append(SCORE | LEARN if event.kind == target else SCORE)
+                labels.append(event.label)
+                weights.append(event.weight)
+                judged.append((slot, event.label, event.weight, event.impression.time, event.kind))
+                freed.append(slot)
+                continue
+            slot = next(slots) if isinstance(event, Impression) else -1
+            if join is not None:
+                # what its time closes came before it in the stream, and is learned before it is scored
+                for held, kind, label, shown_at, last in join.step(event, slot):
+                    if kind == target:
+                        rows.append(held)
+                        ops.append(LEARN)
+                        labels.append(label)
+                        weights.append(1.0)
+                    if kind:
+                        judged.append((held, label, 1.0, shown_at, kind))
+                    if last:
+                        freed.append(held)
+            elif slot >= 0:
+                freed.append(slot)
+            if slot >= 0:
+                scored.append(len(rows))
+                rows.append(slot)
+                ops.append(SCORE)
+                labels.append(0.0)
+                weights.append(0.0)
+            if join is None:
+                self._counts["unjoined"] += 1
+
+        scores: list[float] = []
+        if rows:
+            where = np.array(rows, dtype=np.int64)
+            found = self._step(
+                self._rows.batch,
+                where,
+                np.array(ops, dtype=np.int8),
+                np.array(labels, dtype=np.float32),
+                np.array(weights, dtype=np.float32),
+            )
+            found = found[scored]
+            scores = found.tolist()
+            # the score that was served, where a service has served one: it is the one to be judged
+            given = [math.nan if impression.score is None else impression.score for impression in shown]
+            served = np.array(given, dtype=np.float32)
+            self._rows.served[where[scored]] = np.where(np.isnan(served), found, served)
+        if judged:
+            slots_, labels_, weights_, times_, kinds_ = zip(*judged, strict=True)
+            self.validation.update(
+                np.array(labels_, dtype=np.float32),
+                self._rows.served[list(slots_)],
+                np.array(weights_, dtype=np.float32),
+                np.array(times_, dtype=np.float64),
+                kinds_,
+            )
+        self._rows.free(freed)
+        self._counts["impressions"] += len(shown)
+        self._counts["learned"] += sum(op & LEARN != 0 for op in ops)
+        return scores
+
+    # -- a whole source ------------------------------------------------------------------------------------------------
+
+    def run(self, source: Source, limit: int | None = None) -> Report:
+        """Learn from `source`, going on from the newest checkpoint of the store, until it ends or `limit` events
+        are read.
+
+        SIGTERM and SIGINT end it between two micro-batches. However it ends, it cuts a checkpoint and publishes, if
+        there is a store. A progress bar is drawn where standard error is a terminal.
+        """
+        self._lap = self._clock()
+        if not self._counts["events"]:
+            position = self.resume()
+            if position is not None:
+                source.seek(position)
+        read = 0
+        with stop_on_signals() as stop, tqdm(total=limit, unit=" events", unit_scale=True, disable=None) as bar:
+            while not stop.is_set() and (limit is None or read < limit):
+                events = source.read(self.batch_size if limit is None else min(self.batch_size, limit - read))
+                if not events:
+                    break
+                self.push(events)
+                read += len(events)
+                bar.update(len(events))
+                if self.checkpoint_due:
+                    self._take_lap()
+                    self.checkpoint(source.position())
+                    bar.set_postfix(self.validation.compute(), refresh=False)
+            interrupted = stop.is_set()
+        if self.store is not None and self._counts["events"] > self._saved_events:
+            self.checkpoint(source.position())
+        self._take_lap()
+        return self.report(interrupted=interrupted)
+
+    def _take_lap(self) -> None:
+        """Add to the seconds of all runs, which a checkpoint holds."""
+        now = self._clock()
+        self._seconds += now - self._lap
+        self._lap = now
+
+    def report(self, *, interrupted: bool = False) -> Report:
+        """The metrics, and what became of every event."""
+        counts = Counter({"events": self._counts["events"], "impressions": self._counts["impressions"]})
+        counts["learned"] = self._counts["learned"] - getattr(self.model, "left_out", 0)
+        counts["pending"] = 0 if self.join is None else self.join.pending
+        counts["left_out"] = getattr(self.model, "left_out", 0)
+        counts["unjoined"] = self._counts["unjoined"]
+        for part in (*self.preprocessors, self.join, self.dead_letters):
+            if part is not None:
+                counts.update(part.counts)
+        return Report(
+            self.validation.compute(), dict(counts), self.validation.windows(), self._seconds, interrupted=interrupted
+        )
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether `checkpoint_every` events or `checkpoint_seconds` have passed since the last one, and there is a
+        store."""
+        return self.store is not None and (
+            self._counts["events"] - self._saved_events >= self.checkpoint_every
+            or self._clock() - self._saved_time >= self.checkpoint_seconds
+        )
+
+    def checkpoint(self, position: Position | None = None) -> Version:
+        """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`."""
+        store = self._require_store()
+        state = {**self.state_dict(), "position": position}
+        info = {"model": _description(self.model), "metrics": _plain(self.validation.compute())}
+        version = store.checkpoints.write(state, info)
+        self.publish()
+        self._saved_events = self._counts["events"]
+        self._saved_time = self._clock()
+        return version
+
+    def publish(self) -> Version:
+        """Save the model as a version for scorers. Raises `StoreError`."""
+        published = getattr(self.model, "published", self.model.state_dict)
+        info = {
+            "model": _description(self.model),
+            "metrics": _plain(self.validation.compute()),
+            "events": self._counts["events"],
+        }
+        return self._require_store().versions.write({"model": published()}, info)
+
+    def resume(self) -> Position | None:
+        """Become what the newest good checkpoint was cut from; return the position of the source then.
+
+        None where there is no store, no checkpoint, or it was cut without a position. Raises `SchemaError` or
+        `ConfigError` where the model differs from the one that was saved.
+        """
+        found = self.store.checkpoints.read() if self.store is not None else None
+        if found is None:
+            return None
+        version, state = found
+        _require_same(self.model, version.info["model"], what=f"checkpoint {version.number}")
+        self.load_state_dict(state)
+        position: Position | None = state["position"]
+        return position
+
+    def state_dict(self) -> State:
+        """Everything, cut now: model, open joins and their rows, preprocessors, metrics, counts, dead letters."""
+        return {
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "rows": self._rows.state_dict(),
+            "join": None if self.join is None else self.join.state_dict(),
+            "validate": self._validate.state_dict(),
+            "preprocessors": [stage.state_dict() for stage in self.preprocessors],
+            "metrics": self.validation.state_dict(),
+            "dead_letters": self.dead_letters.state_dict(),
+            "counts": dict(self._counts),
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Become what `state` was cut from. Raises `ConfigError` where the parts differ from those saved."""
+        if state["format"] != FORMAT:
+            raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
+        if len(state["preprocessors"]) != len(self.preprocessors) or (state["join"] is None) != (self.join is None):
+            raise ConfigError(
+                f"the checkpoint was cut with {len(state['preprocessors'])} preprocessors and "
+                f"{'no' if state['join'] is None else 'a'} join; build the trainer as then, or use an empty store"
+            )
+        self.model.load_state_dict(state["model"])
+        self._rows.load_state_dict(state["rows"])
+        if self.join is not None:
+            self.join.load_state_dict(state["join"])
+        self._validate.load_state_dict(state["validate"])
+        for stage, saved in zip(self.preprocessors, state["preprocessors"], strict=True):
+            stage.load_state_dict(saved)
+        self.validation.load_state_dict(state["metrics"])
+        self.dead_letters.load_state_dict(state["dead_letters"])
+        self._counts = Counter(state["counts"])
+        self._seconds = state["seconds"]
+        self._saved_events = self._counts["events"]
+        self._saved_time = self._clock()
+
+    def _require_store(self) -> Store:
+        if self.store is None:
+            raise ConfigError('this trainer keeps nothing: give it a store, such as store="runs/ctr"')
+        return self.store
+
+
+def _aligned(events: Sequence[Item], kept: Sequence[Any], scores: Sequence[float]) -> list[float]:
+    """A score for each impression pushed, nan for those that were dropped. Preprocessors keep the order."""
+    left = iter([e for e in kept if not isinstance(e, Feedback)])
+    found = iter(scores)
+    aligned = []
+    waiting = next(left, None)
+    for event in events:
+        if isinstance(event, (Impression, Labeled)):
+            if waiting is not None and (waiting is event or _id(waiting) == _id(event)):
+                aligned.append(next(found))
+                waiting = next(left, None)
+            else:
+                aligned.append(math.nan)
+    return aligned
+
+
+def _id(event: Any) -> Any:
+    return (event.impression.id, event.kind) if isinstance(event, Labeled) else event.id
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON has them: an undefined one is null."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
+
+
+def _description(model: Model) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {
+        "type": type(model).__name__,
+        "schema": model.schema.to_dict(),
+        "config": None if config is None else config(),
+    }
+
+
+def _require_same(model: Model, saved: Mapping[str, Any], *, what: str) -> None:
+    """Raise unless the model is of the type, schema and settings of the one described."""
+    mine = _description(model)
+    if mine["type"] != saved["type"]:
+        raise ConfigError(
+            f"{what} is of a {saved['type']}, not of a {mine['type']}; use another store for another model"
+        )
+    model.schema.require(Schema.from_dict(saved["schema"]), what=what)
+    if mine["config"] is not None and saved["config"] is not None:
+        differ = [
+            f"{name}={saved['config'].get(name)!r} there and {value!r} here"
+            for name, value in mine["config"].items()
+            if saved["config"].get(name) != value
+        ]
+        if differ:
+            raise ConfigError(f"the model differs from that of {what}: {'; '.join(differ)}; use the settings it had")
