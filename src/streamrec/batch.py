@@ -21,7 +21,9 @@ class Batch:
     """Encoded impressions. Row r holds the entries `starts[r]` to `ends[r]` (excluded) of the three columns.
 
     `ids`: int64 `(entries,)`, hashes; `values`: float32 `(entries,)`, what each id is multiplied by;
-    `fields`: int32 `(entries,)`, the index of each entry's field in the schema; `starts`, `ends`: int64 `(rows,)`.
+    `fields`: int32 `(entries,)`, the index of each entry's field in the schema, plus the number of fields where the
+    entry stands for an unknown number (so that no model takes its value, 1, for a number); `starts`, `ends`: int64
+    `(rows,)`.
     Within a row no id stands twice. Several batches may be views of the same columns, so that `take` copies none.
 
     `text_refs`: int32 `(rows, text fields)`, references into `texts`, the distinct texts; -1 where there is none.

@@ -36,7 +36,7 @@ _SQRT_HALF = math.sqrt(0.5)
 @compiled()
 def usable(label: Any, score: Any, weight: Any) -> bool:
     """Whether an entry can be judged; every comparison with nan is false."""
-    return 0.0 <= label <= 1.0 and 0.0 <= score <= 1.0 and 0.0 <= weight < np.inf
+    return bool(0.0 <= label <= 1.0 and 0.0 <= score <= 1.0 and 0.0 <= weight < np.inf)
 
 
 @compiled()
@@ -64,7 +64,7 @@ def bin_of(score: Any) -> int:
     if near >= _MIDDLE:
         place = min(_OCTAVES - 256 + int(near * 8192.0), _HALF - 1)
     else:
-        place = max((np.float32(near).view(np.int32) >> 15) - (110 << 8), 0)  # 110: the exponent of 2**-17, biased
+        place = max(int(np.float32(near).view(np.int32) >> 15) - (110 << 8), 0)  # 110: the exponent of 2**-17, biased
     return place if score < np.float32(0.5) else BINS - 1 - place
 
 

@@ -74,8 +74,8 @@ def auc_from_histograms(positives: NDArray[np.float64], negatives: NDArray[np.fl
 def auc_error_bound(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
     """How far `auc_from_histograms` can be from the AUC of the scores themselves: half the share of tied pairs.
 
-    Two scores in different bins are in their true order. Of the `P_b N_b` pairs within bin b all, none or any part may be
-    won, and half is counted: so each bin is wrong by at most `P_b N_b / 2` pairs of `P N`, where P and N are the sums.
+    Two scores in different bins are in their true order. Of the `P_b N_b` pairs within bin b all, none or any part may
+    be won, and half is counted: so each bin is wrong by at most `P_b N_b / 2` pairs of `P N`, P and N being the sums.
 
     >>> auc_error_bound(np.array([0.0, 1.0, 2.0]), np.array([3.0, 1.0, 0.0]))
     0.041666666666666664

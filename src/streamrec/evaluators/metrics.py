@@ -106,7 +106,7 @@ class _Sums:
 class _OneKind(_Sums):
     """A metric of the labels of one kind."""
 
-    _add: ClassVar[Callable[[Column, Column, Column, Sums], int]]
+    _add: Callable[[Column, Column, Column, Sums], int]
     _shape: ClassVar[tuple[int, ...]] = (3,)
 
     def __init__(self, *, kind: str = "click") -> None:

@@ -49,7 +49,7 @@ def plot_windows(
     Raises `ConfigError` where there is nothing to draw, `ImportError` without matplotlib.
     """
     try:
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+        from matplotlib import dates
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "streamrec[plot]"') from error
@@ -60,21 +60,22 @@ def plot_windows(
     height = 0.75 + 1.75 * len(metrics)
     figure = Figure(figsize=(8.0, height), dpi=150, facecolor="white")
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.095, right=0.975, top=1 - 0.68 / height, bottom=0.47 / height, hspace=0.36)
+    figure.subplots_adjust(left=0.095, right=0.955, top=1 - 0.68 / height, bottom=0.47 / height, hspace=0.36)
 
     kept = {name: _told(name, report.windows, min_count) for name, report in reports.items()}
     for axis, metric in zip(axes, metrics, strict=True):
         _panel(axis, metric, kept)
 
     bottom = axes[-1]
-    locator = AutoDateLocator(tz="UTC", minticks=4, maxticks=9)
+    timeline: Any = dates  # it is not typed
+    locator = timeline.AutoDateLocator(tz="UTC", minticks=4, maxticks=9)
     bottom.xaxis.set_major_locator(locator)
-    formatter = ConciseDateFormatter(
+    formatter = timeline.ConciseDateFormatter(
         locator,
         tz="UTC",
-        formats=["%Y", "%b %Y", "%b %d", "%H:%M", "%H:%M", "%S.%f"],
+        formats=["%Y", "%b", "%b %d", "%H:%M", "%H:%M", "%S.%f"],
         zero_formats=["", "%Y", "%b %d", "%b %d", "%H:%M", "%H:%M"],
-        offset_formats=["", "", "%Y", "%b %d, %Y", "%b %d, %Y", "%b %d, %Y %H:%M"],
+        offset_formats=["", "%Y", "%Y", "%b %d, %Y", "%b %d, %Y", "%b %d, %Y %H:%M"],
     )
     bottom.xaxis.set_major_formatter(formatter)
     bottom.xaxis.get_offset_text().set(size=8.5, color=_SOFT)

@@ -16,6 +16,8 @@ from streamrec.protocols import Metric
 
 __all__ = ["ProgressiveValidation", "Window"]
 
+_Run = tuple[NDArray[np.float32], NDArray[np.float32], "NDArray[np.float32] | None", str]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -43,10 +45,15 @@ class _Mixed:
     def runs(self, wanted: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
         """The entries of the kinds `wanted`, in order, cut where the kind changes."""
         chosen = [code for code, name in enumerate(self.names) if name in wanted]
-        rows = np.flatnonzero(np.isin(self.codes, chosen))
-        if rows.size:
+        if len(chosen) == 1:
+            rows = np.flatnonzero(self.codes == chosen[0])
+            if rows.size:
+                yield self.names[chosen[0]], rows
+        elif chosen:
+            rows = np.flatnonzero(np.isin(self.codes, chosen))
             for run in np.split(rows, np.flatnonzero(np.diff(self.codes[rows])) + 1):
-                yield self.names[self.codes[run[0]]], run
+                if run.size:  # a window may hold none of them
+                    yield self.names[self.codes[run[0]]], run
 
 
 class ProgressiveValidation:
@@ -100,9 +107,9 @@ class ProgressiveValidation:
     ) -> None:
         """Judge served `scores` by `labels`, in order; each metric gets the entries of its kinds.
 
-        `labels`, `scores`, `weights`: float32 `(n,)`, None for weights of 1. `times`: float64 `(n,)`, event times; one that
-        is not finite counts in the open window. `kinds`: one for all entries, or `n` of them. Raises `ConfigError`
-        where the lengths differ.
+        `labels`, `scores`, `weights`: float32 `(n,)`, None for weights of 1. `times`: float64 `(n,)`, event times; one
+        that is not finite counts in the open window. `kinds`: one for all entries, or `n` of them. Raises
+        `ConfigError` where the lengths differ.
         """
         n = len(scores)
         one_each = n if isinstance(kinds, str) else len(kinds)
@@ -123,7 +130,7 @@ class ProgressiveValidation:
                 _feed(self._recent, labels, scores, weights, tagged)
                 self._count += n
                 return
-        for first, end, index in self._segments(times):
+        for first, end, index in self._segments(times / self._window):
             if index > self._open:
                 if self._open > -math.inf:
                     self._close()
@@ -178,9 +185,9 @@ class ProgressiveValidation:
         )
         self._trim()
 
-    def _segments(self, times: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
-        """Where the entries of each window begin and end, and which window it is: later and later ones."""
-        index = np.floor(times / self._window)
+    def _segments(self, places: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
+        """Where the entries of each window begin and end, and which it is. `places`: their times, in windows."""
+        index = np.floor(places)
         index[~np.isfinite(index)] = -math.inf
         index = np.maximum.accumulate(np.maximum(index, self._open))
         cuts = np.flatnonzero(index[1:] > index[:-1]) + 1
@@ -228,6 +235,13 @@ def _feed(
             if kinds in metric.kinds:
                 metric.update(labels, scores, weights, kinds)
         return
+    runs: dict[tuple[str, ...], list[_Run]] = {}  # most metrics want the same kinds: pick their entries once
     for metric in metrics:
-        for kind, rows in kinds.runs(metric.kinds):
-            metric.update(labels[rows], scores[rows], None if weights is None else weights[rows], kind)
+        wanted = tuple(metric.kinds)
+        if wanted not in runs:
+            runs[wanted] = [
+                (labels[rows], scores[rows], None if weights is None else weights[rows], kind)
+                for kind, rows in kinds.runs(wanted)
+            ]
+        for run in runs[wanted]:
+            metric.update(*run)

@@ -22,13 +22,13 @@ class Report:
     `metrics`: values by name. `counts`: events in, learned, pending, dropped by reason. `windows`: the metrics
     over event time. `seconds`: wall clock of the run, 0 if not measured. `interrupted`: whether it was stopped early.
 
-    >>> print(Report({"AUC": 0.76186, "CTR": 0.0412}, {"events": 100000, "learned": 99876, "duplicate": 124}, seconds=2.5))
-    AUC         0.7619
-    CTR         0.0412
+    >>> print(Report({"AUC": 0.76186, "CTR": 0.0412}, {"events": 100000, "learned": 99876, "late": 124}, seconds=2.5))
+    AUC       0.7619
+    CTR       0.0412
     <BLANKLINE>
-    events     100,000
-    learned     99,876
-    duplicate      124
+    events   100,000
+    learned   99,876
+    late         124
     <BLANKLINE>
     2.5 s, 40,000 events/s
     """

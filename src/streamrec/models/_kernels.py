@@ -25,6 +25,9 @@ __all__ = ["first_factors", "normalized", "step_kernel"]
 
 SGD, ADAGRAD, FTRL, ADAM = 0, 1, 2, 3
 REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
+# What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
+MOST = np.finfo(np.float32).max
+LARGEST = np.float32(1e9)  # of a gradient: nothing sensible comes near, and float32 holds the square, many times
 MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -59,6 +62,8 @@ def first_factors(ids: Any, dim: int, seed_number: int, scale: Any) -> Any:
 @compiled(inline=True)
 def _standardized(value: Any, field: int, stats: Any) -> Any:
     """(value - mean) / standard deviation, by what was learned so far; within ±10; 0 while there is no deviation."""
+    if not abs(value) <= MOST:
+        return np.float32(np.nan)  # so that its row is left out
     if stats[field, 0] < 2.0 or stats[field, 2] <= 0.0:
         return np.float32(0.0)
     scaled = (value - stats[field, 1]) / math.sqrt(stats[field, 2] / stats[field, 0])
@@ -85,8 +90,14 @@ def _observe(value: Any, field: int, stats: Any) -> None:
 
 
 @compiled(inline=True)
+def _bounded(g: Any, most: Any) -> Any:
+    return min(max(g, -most), most)
+
+
+@compiled(inline=True)
 def _sgd(w: Any, g: Any, numbers: Any) -> Any:
-    return w - numbers[0] * (g + numbers[1] * w)
+    # the one rule by which a weight can run away: lr l2 > 2
+    return min(max(w - numbers[0] * (g + numbers[1] * w), -LARGEST), LARGEST)
 
 
 @compiled(inline=True)
@@ -209,7 +220,8 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
         scores: Any,
     ) -> int:
         """Fill `scores` (before learning); return how many rows were left out of learning because of a logit or
-        a gradient that is not finite. `standardize` is empty where no field is; `numbers`: scale, factors', linear."""
+        a gradient that is not finite; -1, and do nothing, where there is no such row. `standardize` is empty where no
+        field is; `numbers`: scale, factors', linear."""
         any_standardized = len(standardize) > 0
         seed = np.uint64(seed_number)
         scale = numbers[0]
@@ -217,6 +229,8 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
         lnum = numbers[5:9]
         longest = 1
         for k in range(len(rows)):
+            if rows[k] < 0 or rows[k] >= len(starts):
+                return -1
             longest = max(longest, ends[rows[k]] - starts[rows[k]])
         where = np.empty(longest, dtype=np.int64)
         xs = np.empty(longest, dtype=np.float32)
@@ -248,6 +262,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                         sums[f] += part
                         squares[f] += part * part
                 else:  # it starts at a known vector, so it need not be in the table to be scored
+                    logit += zero * x  # nan for an x that is not finite, whatever dim is
                     for f in range(dim):
                         part = _first_factor(key, f, seed, scale) * x
                         sums[f] += part
@@ -256,8 +271,8 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
             for f in range(dim):
                 pairs += sums[f] * sums[f] - squares[f]
             logit += half * pairs
-            if not math.isfinite(logit):
-                scores[k] = np.float32(1.0 / (1.0 + math.exp(-bias[0])))
+            if not abs(logit) <= MOST:
+                scores[k] = np.float32(1.0 / (1.0 + math.exp(-min(max(bias[0], -MAX_LOGIT), MAX_LOGIT))))
                 left_out += learns
                 continue
             bounded = min(max(logit, -MAX_LOGIT), MAX_LOGIT)
@@ -266,10 +281,19 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
             if not learns:
                 continue
             g = (p - labels[k]) * weights[k]
-            if not math.isfinite(g):
+            if not abs(g) <= MOST:
                 left_out += 1
                 continue
-            move_linear(bias, 0, g, bias_state, 0, lnum)
+            move_linear(bias, 0, _bounded(g, LARGEST), bias_state, 0, lnum)
+            spread = zero
+            for f in range(dim):
+                spread += squares[f]
+            # A bound of g x, so that no factor's gradient is beyond ±LARGEST: |sum - w x| <= 2 √(count spread).
+            most = LARGEST / np.float32(100.0)
+            if count * spread > 2500.0:  # never, but for absurd values
+                most = np.float32(LARGEST / (2.0 * math.sqrt(count * spread)))
+            if count == 1:  # no pairs: sum - w x is the rounding error of w x, which Adagrad would make a whole step of
+                most = zero
             for i in range(count):
                 at = where[i]
                 key = ids[start + i]
@@ -280,8 +304,8 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 w = table[at]
                 s = state[at]
                 gx = g * x
-                move_linear(w, dim, gx, s, linear_at, lnum)
-                move_factors(w, sums, gx, x, s, fnum)
+                move_linear(w, dim, _bounded(gx, LARGEST), s, linear_at, lnum)
+                move_factors(w, sums, _bounded(gx, most), x, s, fnum)
                 if any_standardized and standardize[fields[start + i]]:
                     _observe(values[start + i], fields[start + i], stats)
         return left_out

@@ -87,7 +87,8 @@ class FM(nn.Module):
         self.register_buffer("optimizer_bias", torch.zeros(max(self._linear_slots, 1)))
         # float64 (fields, 3): count, mean, sum of squared deviations of the standardised numbers
         self.register_buffer("statistics", torch.zeros(len(schema), 3, dtype=torch.float64))
-        self._standardize = np.array([isinstance(f, Number) and f.standardize for f in schema], dtype=np.uint8)
+        standardize = [isinstance(f, Number) and f.standardize for f in schema]
+        self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
         self._kernel = _kernels.step_kernel(dim, rule.kind, linear.kind)
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
         self._memory: tuple[Any, ...] | None = None
@@ -120,6 +121,11 @@ class FM(nn.Module):
         weights: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Carry out an ordered list of operations; see `streamrec.protocols.OrderedModel`."""
+        if not len(rows) == len(ops) == len(labels) == len(weights):
+            raise ConfigError(
+                "rows, ops, labels and weights must be equally long, got "
+                f"{len(rows)}, {len(ops)}, {len(labels)} and {len(weights)}"
+            )
         ids = self.ids
         if len(ids) + len(batch.ids) > ids.capacity:  # perhaps too little room: count what the rows can need
             entries = batch.ends[rows] - batch.starts[rows]
@@ -127,6 +133,8 @@ class FM(nn.Module):
                 self._grow()
         scores, left_out = self._run(batch, rows, ops, labels, weights)
         if left_out:
+            if left_out < 0:
+                raise ConfigError(f"rows must be from 0 to {len(batch) - 1}, got {np.min(rows)} to {np.max(rows)}")
             self.left_out += left_out
         return scores
 
@@ -150,6 +158,11 @@ class FM(nn.Module):
                 f"predict, learn and step run on the CPU, but the parameters are on {self.weights.device}; "
                 "call model.cpu(), or use forward() there"
             )
+        if self.weights.dtype != torch.float32:
+            raise ConfigError(
+                f"predict, learn and step run in float32, but the parameters are {self.weights.dtype}; "
+                "call model.float(), or use forward()"
+            )
         tensors = [self.weights, self.optimizer_rows, self.bias, self.optimizer_bias, self.statistics]
         table, state, bias, bias_state, statistics = (tensor.detach().numpy() for tensor in tensors)
         ids = self.ids
@@ -163,8 +176,20 @@ class FM(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FM:
         self._memory = None  # .to(), .cuda(), .float(): the tensors move
+        statistics = self.statistics
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.statistics.dtype != torch.float64:  # .float(), .half(): means are kept in float64 all the same
+            self.statistics = statistics.to(self.statistics.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy, by copy.deepcopy or into a Dask worker, has memory of its own and maps that
+        return {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_kernel")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._memory = None
+        self._kernel = _kernels.step_kernel(self.dim, self.optimizer.kind, self.linear_optimizer.kind)
 
     def _grow(self) -> None:
         """Larger tensors, after the table of ids has grown; what they held stays."""
@@ -174,6 +199,19 @@ class FM(nn.Module):
             new[:kept] = tensor.detach()[:kept]
             tensor.data = new
         self._memory = None
+
+    def begin(self, ids: NDArray[np.int64]) -> None:
+        """Give these ids rows at their first vectors, as learning them would: what autograd needs to move them."""
+        before = len(self.ids)
+        if self.ids.reserve(len(ids)):
+            self._grow()
+        self.ids.insert(np.ascontiguousarray(ids, dtype=np.int64))
+        new = self.ids.ids[before:]
+        first = torch.from_numpy(_kernels.first_factors(new, self.dim, self.seed, self._numbers[0]))
+        with torch.no_grad():
+            self.weights[before : len(self.ids), : self.dim] = first
+            if isinstance(self.optimizer, FTRL):
+                self.optimizer_rows[before : len(self.ids), : self.dim] = self.optimizer.start(first)
 
     def _begin_optimizers(self) -> None:
         """The optimizers' memory as if every weight had begun where it stands: what a published version goes on
@@ -191,7 +229,7 @@ class FM(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, float32 `(rows,)`, on the parameters' device, differentiable in `weights` and `bias`.
 
-        Ids without a row count with their first vectors, as everywhere; `ids.insert` gives them rows beforehand.
+        Ids without a row count with their first vectors, as everywhere; `begin` gives them rows beforehand.
         """
         device = self.weights.device
         where = batch.entries
@@ -283,6 +321,12 @@ class FM(nn.Module):
                 f"the saved weights are {tuple(weights.shape)} for {len(state_dict[prefix + 'ids'])} ids, "
                 f"but dim={self.dim} needs {self.dim + 1} columns; use the dim it was saved with"
             )
+        statistics = state_dict[prefix + "statistics"]
+        if statistics.shape != self.statistics.shape:
+            raise SchemaError(
+                f"the saved model has {len(statistics)} fields, but this schema has {len(self.schema)}: "
+                f"{', '.join(self.schema.names)}; use the schema it was saved with"
+            )
         optimizer_rows = state_dict.get(prefix + "optimizer_rows")
         if optimizer_rows is not None and tuple(optimizer_rows.shape) != (len(weights), self._state_width):
             raise ConfigError(
@@ -294,7 +338,7 @@ class FM(nn.Module):
         with torch.no_grad():
             self.weights[: len(weights)] = weights
             self.bias.copy_(state_dict[prefix + "bias"])
-            self.statistics.copy_(state_dict[prefix + "statistics"])
+            self.statistics.copy_(statistics)
             if optimizer_rows is not None:
                 self.optimizer_rows[: len(weights)] = optimizer_rows
                 self.optimizer_bias.copy_(state_dict[prefix + "optimizer_bias"])

@@ -7,7 +7,6 @@ follows McMahan et al. 2013, "Ad Click Prediction: a View from the Trenches", al
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Union
 
 import msgspec
@@ -31,10 +30,14 @@ class _Settings(msgspec.Struct, frozen=True, tag_field="optimizer"):
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{type(self).__name__}: {name} must be a finite number >= 0, got {value!r}")
-        if self.lr <= 0:  # type: ignore[attr-defined]
-            raise ConfigError(f"{type(self).__name__}: lr must be > 0")
+            # within these, float32 holds whatever the kernels make of it: no weight becomes nan
+            if not (1e-30 <= value <= 1e6 or value == 0):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must be a finite number >= 0 (and from 1e-30 to 1e6 where it is "
+                    f"not 0), got {value!r}"
+                )
+            if value < {"lr": 1e-12, "eps": 1e-30}.get(name, 0.0):
+                raise ConfigError(f"{type(self).__name__}: {name} must be > 0, got {value!r}")
 
     def numbers(self) -> tuple[float, float, float, float]:
         """The settings in the order in which the kernels read them, filled up to four."""
@@ -79,7 +82,10 @@ class FTRL(_Settings, frozen=True, tag="ftrl"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta + self.l2 <= 0:
-            raise ConfigError("FTRL: beta + l2 must be > 0, or the first weight is divided by zero")
+            raise ConfigError(
+                "FTRL: beta + l2 must be > 0, or the first weight is divided by zero, "
+                f"got {self.beta!r} and {self.l2!r}"
+            )
 
     def numbers(self) -> tuple[float, float, float, float]:
         return 1.0 / self.lr, self.beta, self.l1, self.l2  # the kernels multiply by 1 / lr
@@ -102,8 +108,8 @@ class Adam(_Settings, frozen=True, tag="adam"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta1 >= 1 or self.beta2 >= 1:
-            raise ConfigError(f"Adam: beta1 and beta2 must be < 1, got {self.beta1!r} and {self.beta2!r}")
+        if max(self.beta1, self.beta2) > 1 - 1e-7:  # the next to 1 that float32 knows
+            raise ConfigError(f"Adam: beta1 and beta2 must be < 1 - 1e-7, got {self.beta1!r} and {self.beta2!r}")
 
 
 Optimizer = Union[SGD, Adagrad, FTRL, Adam]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -93,8 +94,8 @@ class Dedup:
         Where events come out of order, forgotten ids may stand behind one that is remembered. They wait for it.
         """
         seen = self._seen
-        while seen and self._newest - next(iter(seen.values())) > self.ttl:
-            seen.popitem(last=False)
+        for key in list(takewhile(lambda key: self._newest - seen[key] > self.ttl, seen)):
+            del seen[key]
 
     def state_dict(self) -> State:
         """What is remembered, in order of arrival: `keys`, a list of n strings, and `times`, float64 `(n,)`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +22,11 @@ from streamrec.events import Impression
 from streamrec.preprocessors.hashing import hash_bytes, xxh64
 from streamrec.schema import Field, Id, Ids, Number, Schema, Text
 
+NoneType = type(None)
+
 __all__ = ["Encoded", "Encoder", "Problem", "encode"]
 
-# A lone surrogate, which no text holds; in bytes it is 0xff, which no UTF-8 holds: "unknown" cannot be somebody's
-# value.
+# A lone surrogate, which no text holds; its bytes, ed b3 bf, are in no UTF-8: "unknown" cannot be somebody's value.
 UNKNOWN = "\udcff"
 
 
@@ -79,7 +81,7 @@ class Encoder:
         numbers = [f for f, _ in self._numbers]
         self._plan = (
             *(seeds_of(self._columns), places_of(self._columns), offsets_of(self._columns)),
-            *(places_of(self._numbers), offsets_of(self._numbers)),
+            *(len(schema), places_of(self._numbers), offsets_of(self._numbers)),
             *(_ids_of_numbers(b"", numbers, seeds), _ids_of_numbers(b"\xff", numbers, seeds)),
             *(np.array([f.log for f in numbers], dtype=np.bool_), np.array([f.scale for f in numbers], dtype=float)),
             *(seeds_of(self._lists), places_of(self._lists)),
@@ -96,15 +98,17 @@ class Encoder:
         numbers = np.empty((len(self._numbers), count))
         for place, (number, column) in enumerate(self._numbers):
             numbers[place] = _floats(column(impressions, features), number.name, problems)
-        lengths: list[list[int]] = []
-        weights: list[float] = []
-        for ids, column in self._lists:
-            lengths.append(_flatten(column(impressions, features), ids, strings, weights, problems))
+        lengths = np.empty((len(self._lists), count), dtype=np.int64)
+        uneven: list[tuple[int, int, list[float]]] = []  # list, row and weights, where those are not all 1/n
+        for place, (several, column) in enumerate(self._lists):
+            lengths[place], rows = _flatten(column(impressions, features), several, strings, problems)
+            uneven += [(place, row, weights) for row, weights in rows]
         data, cuts = _joined(strings)
-        counts = np.array(lengths, dtype=np.int64).reshape(len(lengths), count)
-        shares = np.array(weights, dtype=np.float32)
-        assembled = _assemble(count, data, cuts, numbers, counts, shares, *self._plan)
+        assembled = _assemble(count, data, cuts, numbers, lengths, *self._plan)
         ids, values, fields, starts, ends = assembled
+        for place, row, weights in uneven:
+            behind = int(ends[row] - lengths[place:, row].sum())
+            values[behind : behind + len(weights)] = weights
         if not self._texts:
             return Encoded(Batch(ids, values, fields, starts, ends), problems)
         texts, refs = self._read_texts(impressions, features, problems)
@@ -144,7 +148,10 @@ def _ids_of_numbers(value: bytes, fields: Sequence[Number], seeds: Mapping[str, 
 
 
 def _short(value: object) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of over 4300 digits
+        shown = f"a {type(value).__name__} too long to print"
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
@@ -152,7 +159,12 @@ def _string(value: object) -> str | None:
     """An id's text: strings as they are, integers and booleans as they print; None for what cannot be an id."""
     if isinstance(value, str):
         return value
-    return str(value) if isinstance(value, (int, np.integer, np.bool_)) else None
+    if not isinstance(value, (int, np.integer, np.bool_)):
+        return None
+    try:
+        return str(value)
+    except ValueError:  # over 4300 digits
+        return None
 
 
 def _strings(column: list[Any], name: str, problems: list[Problem]) -> list[str]:
@@ -194,22 +206,24 @@ def _floats(column: list[Any], name: str, problems: list[Problem]) -> NDArray[np
 
 
 def _flatten(
-    column: list[Any], field: Ids, strings: list[str], weights: list[float], problems: list[Problem]
-) -> list[int]:
-    """Append a column's values and their weights; return how many each row has."""
-    lengths = []
-    limit = field.limit
+    column: list[Any], field: Ids, strings: list[str], problems: list[Problem]
+) -> tuple[list[int], list[tuple[int, list[float]]]]:
+    """Append a column's values to `strings`; return how many each row has, and the weights where they are not 1/n."""
+    if set(map(type, column)) <= {list, NoneType}:  # nearly always
+        lists = [value or [] for value in column]
+        flat = list(chain.from_iterable(lists))
+        if set(map(type, flat)) <= {str}:
+            lengths = list(map(len, lists))
+            if max(lengths, default=0) <= field.limit and lengths == list(map(len, map(set, lists))):
+                strings += flat
+                return lengths, []
+    lengths, uneven = [], []
     for row, value in enumerate(column):
-        if type(value) is list and set(map(type, value)) == {str} and limit >= len(value) == len(set(value)):
-            strings += value  # nearly every row
-            weights += [1.0 / len(value)] * len(value)
-            lengths.append(len(value))
-            continue
         shares = _shares(value, row, field, problems) if value is not None else {}
         strings += shares
-        weights += shares.values()
         lengths.append(len(shares))
-    return lengths
+        uneven.append((row, list(shares.values())))
+    return lengths, uneven
 
 
 def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[str, float]:
@@ -220,7 +234,9 @@ def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[s
 
     if isinstance(value, str):
         value = [value]
-    if not isinstance(value, (list, tuple, set, frozenset, Mapping)):
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=lambda member: _string(member) or "")  # its own order differs between processes
+    if not isinstance(value, (list, tuple, Mapping)):
         problem(f"not a list or mapping of ids: {_short(value)}; left out")
         return {}
     if len(value) > field.limit:
@@ -231,10 +247,10 @@ def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[s
         text = _string(member)
         if text is None:
             problem(f"not an id: {_short(member)}; left out")
-        elif not isinstance(given, (int, float)) or not abs(given) <= 1e30:
+        elif not isinstance(given, (int, float, np.integer, np.floating)) or not -1e30 <= given <= 1e30:
             problem(f"not a finite weight: {_short(given)} of {_short(member)}; left out")
         else:
-            shares[text] = shares.get(text, 0.0) + given
+            shares[text] = shares.get(text, 0.0) + float(given)
     if isinstance(value, Mapping) or not shares:
         return shares
     total = sum(shares.values())
@@ -245,23 +261,13 @@ def _joined(strings: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """uint8: the strings in UTF-8, a zero byte after each; int64 `(n,)`: where those zero bytes are."""
     if not strings:
         return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int64)
-    try:
-        data = np.frombuffer(("\0".join(strings) + "\0").encode("utf-8", "surrogateescape"), dtype=np.uint8)
-        cuts = np.flatnonzero(data == 0)
-        if len(cuts) == len(strings):
-            return data, cuts
-    except UnicodeEncodeError:  # half of a surrogate pair
-        pass
-    parts = [_utf8(string) for string in strings]  # a string that holds a zero byte, or is no proper text
-    ends = np.cumsum([len(part) + 1 for part in parts], dtype=np.int64) - 1
-    return np.frombuffer(b"\0".join(parts) + b"\0", dtype=np.uint8), ends
-
-
-def _utf8(string: str) -> bytes:
-    try:
-        return string.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return string.encode("utf-8", "surrogatepass")
+    # "surrogatepass" takes every string, and no two to the same bytes
+    data = np.frombuffer(("\0".join(strings) + "\0").encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    cuts = np.flatnonzero(data == 0)
+    if len(cuts) == len(strings):
+        return data, cuts
+    lengths = [len(string.encode("utf-8", "surrogatepass")) + 1 for string in strings]  # one holds a zero byte
+    return data, np.cumsum(lengths, dtype=np.int64) - 1
 
 
 @compiled()
@@ -271,10 +277,10 @@ def _assemble(
     cuts: Any,
     numbers: Any,
     counts: Any,
-    shares: Any,
     column_seeds: Any,
     column_fields: Any,
     column_offsets: Any,
+    field_count: int,
     number_fields: Any,
     number_offsets: Any,
     number_ids: Any,
@@ -314,6 +320,7 @@ def _assemble(
             x = numbers[k, row]
             fields[entry] = number_fields[k]
             if math.isnan(x):
+                fields[entry] += field_count
                 ids[entry] = unknown_ids[k]
                 values[entry] = 1.0
             else:
@@ -322,15 +329,13 @@ def _assemble(
                 ids[entry] = number_ids[k]
                 values[entry] = min(max(x / scales[k], -1e30), 1e30)  # so that float32 holds it
     filled = starts + single
-    share = 0
     for k in range(len(list_seeds)):
         for row in range(rows):
             for entry in range(filled[row], filled[row] + counts[k, row]):
                 ids[entry] = np.int64(xxh64(data, begin, cuts[text], list_seeds[k]))
-                values[entry] = shares[share]
+                values[entry] = 1.0 / counts[k, row]
                 fields[entry] = list_fields[k]
                 begin = cuts[text] + 1
                 text += 1
-                share += 1
             filled[row] += counts[k, row]
     return ids, values, fields, starts, ends

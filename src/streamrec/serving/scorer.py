@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -63,11 +64,12 @@ class Scorer:
     ['p2']
     """
 
-    def __init__(self, store: Store | str, *, model: Callable[[], Model] | None = None) -> None:
-        self.store = Store(store) if isinstance(store, str) else store
+    def __init__(self, store: Store | str | os.PathLike[str], *, model: Callable[[], Model] | None = None) -> None:
+        self.store = Store(store) if isinstance(store, (str, os.PathLike)) else store
         self._make = model
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._refreshing = threading.Lock()  # one at a time, so that a slow one brings no older version back
         serving = self._load()
         if serving is None:
             raise StoreError(
@@ -107,14 +109,15 @@ class Scorer:
 
     def refresh(self) -> bool:
         """Serve the newest version from now on; true where that is another one than before."""
-        newest = self.store.versions.latest()
-        if newest is None or newest.number == self._serving.version.number:
-            return False
-        serving = self._load()
-        if serving is None or serving.version.number == self._serving.version.number:
-            return False
-        self._serving = serving
-        return True
+        with self._refreshing:
+            newest = self.store.versions.latest()
+            if newest is None or newest.number == self._serving.version.number:
+                return False
+            serving = self._load()
+            if serving is None or serving.version.number == self._serving.version.number:
+                return False
+            self._serving = serving
+            return True
 
     def score(self, impressions: Sequence[Impression]) -> NDArray[np.float32]:
         """float32 `(n,)`: click probabilities. Unseen and missing values are fine."""

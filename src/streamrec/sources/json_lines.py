@@ -188,14 +188,35 @@ class JsonLines:
 
     def _take(self, items: list[Item], limit: int) -> None:
         """Decode lines that were read ahead until there are `limit` items."""
-        decode, offset = self._decode, self._offset
-        start = self._next
+        offset, start = self._offset, self._next
         # One slice holds as many lines as are wanted; where some are blank, `read` comes back for more.
         lines = self._lines[start : start + limit - len(items)]
+        if self._take_good(items, lines):
+            offset += sum(map(len, lines)) + len(lines)
+        else:
+            offset = self._take_each(items, lines, offset)
+        self._next = start + len(lines)
+        if self._unfinished and self._next == len(self._lines):
+            offset -= 1
+            self._unfinished = False
+        self._offset = offset
+
+    def _take_good(self, items: list[Item], lines: list[bytes]) -> bool:
+        """Decode lines of the default form that are all good, as nearly all are; False, and nothing done, where not."""
+        if self._decode is not decode_event:
+            return False
+        try:
+            items += [decode_event(line) for line in lines]
+        except (ValueError, RecursionError):  # which one, and why, the careful way finds
+            return False
+        return True
+
+    def _take_each(self, items: list[Item], lines: list[bytes], offset: int) -> int:
+        """Decode lines one by one, the first of which stands at `offset`; return where the next one stands."""
         for line in lines:
             if line and not line.isspace():
                 try:
-                    event: Any = decode(line)
+                    event: Any = self._decode(line)
                 except Exception as error:
                     # Broad on purpose: `decode` may be the user's, and no line, however odd, may stop the stream.
                     items.append(self._letter(offset, f"{error} ({type(error).__name__})", line))
@@ -206,11 +227,7 @@ class JsonLines:
                         kind = type(event).__name__
                         items.append(self._letter(offset, f"decode returned a {kind}, which is no event", line))
             offset += len(line) + 1
-        self._next = start + len(lines)
-        if self._unfinished and self._next == len(self._lines):
-            offset -= 1
-            self._unfinished = False
-        self._offset = offset
+        return offset
 
     def _damaged(self) -> DeadLetter:
         """The letter for the damage that was found; the position goes behind it."""

@@ -162,7 +162,8 @@ class _Writer:
             raise StoreError(f"cannot store {path}, a {kind} tensor: store dense tensors that hold data")
         dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
         dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        flat = dense.reshape(-1).view(torch.uint8).numpy()
+        # an empty tensor may have any strides, and then cannot be viewed as bytes
+        flat = (dense.reshape(-1) if dense.numel() else torch.empty(0, dtype=dense.dtype)).view(torch.uint8).numpy()
         self.add(path, dtype, shape, value.element_size(), flat.data)
         return _extension(_ARRAY, _Reference(path, "torch", dtype, shape))
 

@@ -124,7 +124,8 @@ def _bits(value: Any) -> object:
     if _is_tensor(value):
         flat = value.detach().cpu().contiguous().flatten()
         # through bytes: numpy does not know bfloat16; torch is loaded, as here is one of its tensors
-        content = flat.view(sys.modules["torch"].uint8).numpy().tobytes()
+        # (an empty tensor may have strides that cannot be viewed so)
+        content = flat.view(sys.modules["torch"].uint8).numpy().tobytes() if flat.numel() else b""
         return "tensor", str(value.dtype), tuple(value.shape), content
     if isinstance(value, float):
         return type(value), struct.pack("<d", value)

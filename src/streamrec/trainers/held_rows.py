@@ -35,6 +35,8 @@ class HeldRows:
         self._refs: NDArray[np.int32] = np.full((512, self._text_fields), -1, dtype=np.int32)
         self.served: NDArray[np.float32] = np.zeros(512, dtype=np.float32)
         """float32 `(slots,)`: the score each held row was served with."""
+        self.times: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
+        """float64 `(slots,)`: the time of the impression of each."""
         self._free: list[int] = list(range(511, -1, -1))
         self._texts: dict[str, int] = {}
 
@@ -47,10 +49,11 @@ class HeldRows:
         """All slots as a batch: row r is slot r. A view, good until the next `add`."""
         return Batch(self._ids, self._values, self._fields, self._starts, self._ends, list(self._texts), self._refs)
 
-    def add(self, batch: Batch) -> list[int]:
-        """Hold these rows, which must be a compact batch; return their slots, in order."""
+    def add(self, batch: Batch, times: Sequence[float]) -> list[int]:
+        """Hold these rows, which must be a compact batch, of impressions at `times`; return their slots, in order."""
         rows, entries = len(batch), len(batch.ids)
-        if self._end + entries > len(self._ids):
+        # texts that nobody refers to any more: as many as could be held, then they go
+        if self._end + entries > len(self._ids) or len(self._texts) > 2 * self._refs.size:
             self._make_room(entries)
         if len(self._free) < rows:
             self._more_slots(rows)
@@ -61,14 +64,16 @@ class HeldRows:
         self._ids[begin:end] = batch.ids
         self._values[begin:end] = batch.values
         self._fields[begin:end] = batch.fields
-        self._starts[slots] = batch.starts + begin
-        self._ends[slots] = batch.ends + begin
+        where = np.array(slots, dtype=np.int64)
+        self._starts[where] = batch.starts + begin
+        self._ends[where] = batch.ends + begin
+        self.times[where] = times
         self._end = end
         if self._text_fields:
             known = np.array(
                 [self._texts.setdefault(text, len(self._texts)) for text in batch.texts] + [-1], dtype=np.int32
             )
-            self._refs[slots] = known[batch.text_refs]  # a reference of -1 reads the last, which is -1
+            self._refs[where] = known[batch.text_refs]  # a reference of -1 reads the last, which is -1
         return slots
 
     def free(self, slots: Sequence[int]) -> None:
@@ -103,7 +108,7 @@ class HeldRows:
         after = before
         while after - before + len(self._free) < rows:
             after *= 2
-        for name in ("_starts", "_ends", "_refs", "served"):
+        for name in ("_starts", "_ends", "_refs", "served", "times"):
             column = getattr(self, name)
             larger = np.full((after, *column.shape[1:]), -1, dtype=column.dtype)
             larger[:before] = column
@@ -118,6 +123,7 @@ class HeldRows:
         return {
             "slots": held,
             "served": self.served[held],
+            "times": self.times[held],
             "ids": kept.ids,
             "values": kept.values,
             "fields": kept.fields,
@@ -138,5 +144,5 @@ class HeldRows:
         taken = set(held.tolist())
         others = [slot for slot in self._free if slot not in taken]
         self._free = others + held[::-1].tolist()  # so that `add` gives the rows the slots they had
-        self.add(batch)
+        self.add(batch, state["times"])
         self.served[held] = state["served"]

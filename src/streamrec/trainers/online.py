@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled, Position
-from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Validate
+from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Schema, Text
 from streamrec.storage import Store, Version
@@ -26,6 +29,12 @@ __all__ = ["OnlineTrainer"]
 
 FORMAT = 1
 """Of the checkpoints written here. Another one is refused."""
+
+
+# An operation as one number, from its lowest bit: SCORE, LEARN, whether the label is 1, its kind, the slot of the row.
+_LABEL, _KIND, _SLOT = 2, 3, 19
+_KINDS = (1 << _SLOT - _KIND) - 1
+_CLICKED = 1 << _LABEL
 
 
 class OnlineTrainer:
@@ -59,7 +68,7 @@ class OnlineTrainer:
         join: LabelJoin | None = None,
         metrics: Sequence[Metric] = (),
         window: float | None = None,
-        store: Store | str | None = None,
+        store: Store | str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100_000,
         checkpoint_seconds: float = 60.0,
         batch_size: int = 256,
@@ -81,7 +90,7 @@ class OnlineTrainer:
         self.preprocessors = list(preprocessors)
         self.join = join
         self.validation = ProgressiveValidation(metrics, window=window)
-        self.store = Store(store) if isinstance(store, str) else store
+        self.store = Store(store) if isinstance(store, (str, os.PathLike)) else store
         self.checkpoint_every = checkpoint_every
         self.checkpoint_seconds = checkpoint_seconds
         self.batch_size = batch_size
@@ -92,6 +101,11 @@ class OnlineTrainer:
         self._encoder = Encoder(model.schema)
         self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema))
         self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
+        self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
+        self._closing = {
+            kind: self._kinds.setdefault(kind, len(self._kinds)) << _KIND | (LEARN if kind == target else 0)
+            for kind in (join.windows if join is not None else ())
+        }
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._lap = clock()
@@ -108,104 +122,129 @@ class OnlineTrainer:
         """
         checked = self._validate.push(events)
         usable: list[Any] = [item for item in checked if not isinstance(item, DeadLetter)]
-        if len(usable) < len(checked):
-            self._put_aside(checked)
         kept = usable
         for stage in self.preprocessors:
             kept = stage.push(kept)
-        scores = self._advance(kept)
+        shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
+        batch, problems = self._encoder(shown)
+        scores = self._advance(kept, shown, batch)
+        if len(kept) < len(events) or problems:
+            places = _places(checked, kept)
+            self._put_aside(checked, shown, problems, places)
+            if len(kept) < len(events):
+                found = dict(zip(places, scores, strict=False))
+                scores = [
+                    found.get(place, math.nan) for place, e in enumerate(events) if isinstance(e, (Impression, Labeled))
+                ]
         self._counts["events"] += len(events)
-        if len(kept) < len(events):
-            return _aligned(events, kept, scores)
         return scores
 
-    def _put_aside(self, checked: Sequence[Item]) -> None:
-        """Keep the dead letters among these; those without a position stand where they were pushed."""
-        for place, item in enumerate(checked, start=self._counts["events"]):
+    def _put_aside(
+        self, checked: Sequence[Item], shown: Sequence[Impression], problems: Sequence[Problem], places: Sequence[int]
+    ) -> None:
+        """Keep the dead letters among these and one for each unusable value, whose event goes on without it.
+
+        In the order of the stream, so that the same letters are kept however it is cut. Letters without a position
+        stand where they were pushed.
+        """
+        letters: list[tuple[int, DeadLetter]] = []
+        for place, item in enumerate(checked):
             if isinstance(item, DeadLetter):
-                self.dead_letters.add(DeadLetter(item.position or {"event": place}, item.reason, item.raw))
-
-    def _advance(self, events: Sequence[Any]) -> list[float]:
-        """Score, join, judge and learn, in the order of the events; return the scores."""
-        shown = [e.impression if isinstance(e, Labeled) else e for e in events if not isinstance(e, Feedback)]
-        batch, problems = self._encoder(shown)
-        for problem in problems:  # the event goes on without the value
+                position = item.position or {"event": self._counts["events"] + place}
+                letters.append((place, DeadLetter(position, item.reason, item.raw)))
+        for problem in problems:
+            place = places[problem.row] if problem.row < len(places) else len(checked)
             reason = f"unusable value: {problem.field}: {problem.reason}"
-            self.dead_letters.add(DeadLetter({"impression_id": shown[problem.row].id}, reason))
-        slots = iter(self._rows.add(batch))
+            letters.append((place, DeadLetter({"impression_id": shown[problem.row].id}, reason)))
+        for _, letter in sorted(letters, key=itemgetter(0)):
+            self.dead_letters.add(letter)
 
-        rows: list[int] = []  # what the model does, in order
-        ops: list[int] = []
-        labels: list[float] = []
-        weights: list[float] = []
-        scored: list[int] = []  # which of that gives the score of an impression
-        judged: list[tuple[int, float, float, float, str]] = []  # slot, label, weight, time, kind
+    def _advance(self, events: Sequence[Any], shown: Sequence[Impression], batch: Batch) -> list[float]:
+        """Score, join, judge and learn, in the order of the events; return the scores. `batch`: those `shown` in
+        them."""
+        self._counts["impressions"] += len(shown)
+        slots = self._rows.add(batch, [impression.time for impression in shown])
+        plan, given, freed = self._plan(events, iter(slots))
+        if not plan:
+            return []
+        todo = np.array(plan, dtype=np.int64)
+        rows, kinds, labels, ops = (
+            todo >> _SLOT,
+            todo >> _KIND & _KINDS,
+            (todo >> _LABEL & 1).astype(np.float32),
+            todo & 3,
+        )
+        weights = np.ones(len(todo), dtype=np.float32)
+        if given:
+            at, given_labels, given_weights = zip(*given, strict=True)
+            labels[list(at)], weights[list(at)] = given_labels, given_weights
+
+        acts = np.flatnonzero(ops)
+        found = self._step(self._rows.batch, rows[acts], ops[acts].astype(np.int8), labels[acts], weights[acts])
+        scored = np.flatnonzero(ops[acts] & SCORE)
+        found = found[scored]
+        # the score that was served, where a service has served one: it is the one to be judged
+        served = [impression.score for impression in shown]
+        if served.count(None) < len(served):
+            self._rows.served[slots] = [
+                ours if score is None else score for ours, score in zip(found, served, strict=True)
+            ]
+        else:
+            self._rows.served[slots] = found
+
+        judged = np.flatnonzero(kinds)
+        if len(judged):
+            which = kinds[judged]
+            names = list(self._kinds)
+            self.validation.update(
+                labels[judged],
+                self._rows.served[rows[judged]],
+                weights[judged],
+                self._rows.times[rows[judged]],
+                names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
+            )
+        self._rows.free(freed)
+        self._counts["learned"] += int(np.count_nonzero(ops & LEARN))
+        scores: list[float] = found.tolist()
+        return scores
+
+    def _plan(
+        self, events: Sequence[Any], slots: Iterator[int]
+    ) -> tuple[list[int], list[tuple[int, float, float]], list[int]]:
+        """What these events ask for, in order: a number for each operation, made of the slot of its row, the kind of
+        the label to judge, that label, and `SCORE` and `LEARN`. One number, since this loop is most of the trainer's
+        time.
+
+        Then the labels and weights that came with `Labeled` items, by their places in the plan; and the slots that are
+        free when all is done.
+        """
+        plan: list[int] = []
+        given: list[tuple[int, float, float]] = []
         freed: list[int] = []
         target, join = self.target, self.join
         for event in events:
             if isinstance(event, Labeled):
                 slot = next(slots)
-                scored.append(len(rows))
-                rows.append(slot)
-                ops.append(SCORE | LEARN if event.kind == target else SCORE)
-                labels.append(event.label)
-                weights.append(event.weight)
-                judged.append((slot, event.label, event.weight, event.impression.time, event.kind))
+                given.append((len(plan), event.label, event.weight))
+                kind = self._kinds.setdefault(event.kind, len(self._kinds))
+                plan.append(slot << _SLOT | kind << _KIND | (SCORE | LEARN if event.kind == target else SCORE))
                 freed.append(slot)
                 continue
             slot = next(slots) if isinstance(event, Impression) else -1
             if join is not None:
                 # what its time closes came before it in the stream, and is learned before it is scored
-                for held, kind, label, shown_at, last in join.step(event, slot):
-                    if kind == target:
-                        rows.append(held)
-                        ops.append(LEARN)
-                        labels.append(label)
-                        weights.append(1.0)
-                    if kind:
-                        judged.append((held, label, 1.0, shown_at, kind))
+                for held, closed, label, _, last in join.step(event, slot):
+                    if closed:
+                        plan.append(held << _SLOT | self._closing[closed] | (_CLICKED if label else 0))
                     if last:
                         freed.append(held)
-            elif slot >= 0:
-                freed.append(slot)
-            if slot >= 0:
-                scored.append(len(rows))
-                rows.append(slot)
-                ops.append(SCORE)
-                labels.append(0.0)
-                weights.append(0.0)
-            if join is None:
+            else:
                 self._counts["unjoined"] += 1
-
-        scores: list[float] = []
-        if rows:
-            where = np.array(rows, dtype=np.int64)
-            found = self._step(
-                self._rows.batch,
-                where,
-                np.array(ops, dtype=np.int8),
-                np.array(labels, dtype=np.float32),
-                np.array(weights, dtype=np.float32),
-            )
-            found = found[scored]
-            scores = found.tolist()
-            # the score that was served, where a service has served one: it is the one to be judged
-            given = [math.nan if impression.score is None else impression.score for impression in shown]
-            served = np.array(given, dtype=np.float32)
-            self._rows.served[where[scored]] = np.where(np.isnan(served), found, served)
-        if judged:
-            slots_, labels_, weights_, times_, kinds_ = zip(*judged, strict=True)
-            self.validation.update(
-                np.array(labels_, dtype=np.float32),
-                self._rows.served[list(slots_)],
-                np.array(weights_, dtype=np.float32),
-                np.array(times_, dtype=np.float64),
-                kinds_,
-            )
-        self._rows.free(freed)
-        self._counts["impressions"] += len(shown)
-        self._counts["learned"] += sum(op & LEARN != 0 for op in ops)
-        return scores
+                if slot >= 0:
+                    freed.append(slot)
+            if slot >= 0:
+                plan.append(slot << _SLOT | SCORE)
+        return plan, given, freed
 
     # -- a whole source ------------------------------------------------------------------------------------------------
 
@@ -213,8 +252,9 @@ class OnlineTrainer:
         """Learn from `source`, going on from the newest checkpoint of the store, until it ends or `limit` events
         are read.
 
-        SIGTERM and SIGINT end it between two micro-batches. However it ends, it cuts a checkpoint and publishes, if
-        there is a store. A progress bar is drawn where standard error is a terminal.
+        SIGTERM and SIGINT end it between two micro-batches. At its end it cuts a checkpoint and publishes, if there is
+        a store and there was anything to read; an error of the source or the store ends it at once. A progress bar is
+        drawn where standard error is a terminal.
         """
         self._lap = self._clock()
         if not self._counts["events"]:
@@ -235,9 +275,10 @@ class OnlineTrainer:
                     self.checkpoint(source.position())
                     bar.set_postfix(self.validation.compute(), refresh=False)
             interrupted = stop.is_set()
+        self._take_lap()
         if self.store is not None and self._counts["events"] > self._saved_events:
             self.checkpoint(source.position())
-        self._take_lap()
+            self._take_lap()
         return self.report(interrupted=interrupted)
 
     def _take_lap(self) -> None:
@@ -276,8 +317,8 @@ class OnlineTrainer:
         store = self._require_store()
         state = {**self.state_dict(), "position": position}
         info = {"model": _description(self.model), "metrics": _plain(self.validation.compute())}
+        self.publish()  # first: a process killed between the two cuts this checkpoint again, and publishes again
         version = store.checkpoints.write(state, info)
-        self.publish()
         self._saved_events = self._counts["events"]
         self._saved_time = self._clock()
         return version
@@ -315,7 +356,9 @@ class OnlineTrainer:
             "rows": self._rows.state_dict(),
             "join": None if self.join is None else self.join.state_dict(),
             "validate": self._validate.state_dict(),
-            "preprocessors": [stage.state_dict() for stage in self.preprocessors],
+            "preprocessors": [
+                {"type": type(stage).__name__, "state": stage.state_dict()} for stage in self.preprocessors
+            ],
             "metrics": self.validation.state_dict(),
             "dead_letters": self.dead_letters.state_dict(),
             "counts": dict(self._counts),
@@ -326,9 +369,12 @@ class OnlineTrainer:
         """Become what `state` was cut from. Raises `ConfigError` where the parts differ from those saved."""
         if state["format"] != FORMAT:
             raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
-        if len(state["preprocessors"]) != len(self.preprocessors) or (state["join"] is None) != (self.join is None):
+        saved_stages = [saved["type"] for saved in state["preprocessors"]]
+        if saved_stages != [type(stage).__name__ for stage in self.preprocessors] or (
+            (state["join"] is None) != (self.join is None)
+        ):
             raise ConfigError(
-                f"the checkpoint was cut with {len(state['preprocessors'])} preprocessors and "
+                f"the checkpoint was cut with the preprocessors [{', '.join(saved_stages)}] and "
                 f"{'no' if state['join'] is None else 'a'} join; build the trainer as then, or use an empty store"
             )
         self.model.load_state_dict(state["model"])
@@ -337,7 +383,7 @@ class OnlineTrainer:
             self.join.load_state_dict(state["join"])
         self._validate.load_state_dict(state["validate"])
         for stage, saved in zip(self.preprocessors, state["preprocessors"], strict=True):
-            stage.load_state_dict(saved)
+            stage.load_state_dict(saved["state"])
         self.validation.load_state_dict(state["metrics"])
         self.dead_letters.load_state_dict(state["dead_letters"])
         self._counts = Counter(state["counts"])
@@ -351,20 +397,22 @@ class OnlineTrainer:
         return self.store
 
 
-def _aligned(events: Sequence[Item], kept: Sequence[Any], scores: Sequence[float]) -> list[float]:
-    """A score for each impression pushed, nan for those that were dropped. Preprocessors keep the order."""
+def _places(checked: Sequence[Item], kept: Sequence[Any]) -> list[int]:
+    """Where the impressions that were kept stand among those checked. Preprocessors keep the order."""
     left = iter([e for e in kept if not isinstance(e, Feedback)])
-    found = iter(scores)
-    aligned = []
+    given = set(map(id, checked))
+    places = []
     waiting = next(left, None)
-    for event in events:
-        if isinstance(event, (Impression, Labeled)):
-            if waiting is not None and (waiting is event or _id(waiting) == _id(event)):
-                aligned.append(next(found))
-                waiting = next(left, None)
-            else:
-                aligned.append(math.nan)
-    return aligned
+    for place, event in enumerate(checked):
+        if waiting is None:
+            break
+        # by id only where a preprocessor has put another object in its place: one dropped may share the id
+        if isinstance(event, (Impression, Labeled)) and (
+            waiting is event or (id(waiting) not in given and _id(waiting) == _id(event))
+        ):
+            places.append(place)
+            waiting = next(left, None)
+    return places
 
 
 def _id(event: Any) -> Any:

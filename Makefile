@@ -1,0 +1,47 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help quickstart test check bench docs soak
+
+help:
+	@echo "make quickstart   a model that learns from MovieLens-100K, event by event, in under three minutes"
+	@echo "make test         the tests"
+	@echo "make check        style, types and layers"
+	@echo "make bench        against River and PyTorch, in one run, printing ratios"
+	@echo "make docs         the site, in docs/_build/html"
+	@echo "make soak         the long tests: processes killed at random, for minutes"
+
+quickstart: .venv
+	$(BIN)/python examples/quickstart.py
+
+test: .venv
+	$(BIN)/python -m pytest
+
+check: .venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks
+
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+soak: .venv
+	$(BIN)/python -m pytest -m soak tests/soak
+
+# The stamps are written last, so that an install that was cut short is done again.
+.venv: .venv/.made
+
+.venv/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e ".[dev,plot]"
+	@touch $@
+
+.venv/.bench .venv/.docs: .venv/.%: .venv/.made
+	$(PIP) -e ".[$*]"
+	@touch $@

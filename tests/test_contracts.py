@@ -1,0 +1,176 @@
+"""The contracts, applied to everything exported: a public class that nothing here covers fails a test."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamrec as sr
+from streamrec.events import Event, encode_event
+from streamrec.preprocessors import Validate, encode
+from streamrec.protocols import Metric, Model, Source, Stage, Stateful
+from streamrec.testing import check_metric, check_model, check_source, check_stage
+from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
+
+START = 1_700_000_000.0
+TESTS = Path(__file__).parent
+
+
+def events(count: int = 40) -> list[Event]:
+    """Impressions and feedback of two kinds, some twice, some early, some late; a few labeled ones."""
+    stream: list[Event] = []
+    for n in range(count):
+        features = {"genres": ["abcd"[n % 4]], "price": float(n % 9)}
+        one = sr.Impression(f"i{n % 31}", START + 5.0 * n, f"u{n % 5}", f"p{n % 7}", features)
+        click = sr.Feedback(f"c{n}", f"i{n % 29}", START + 5.0 * n + n % 13)
+        buy = sr.Feedback(f"b{n}", f"i{n % 31}", START + 5.0 * n + 1.0, "purchase")
+        stream += [click, one] if n % 3 else [one, click, click]
+        stream += [buy] if n % 4 == 0 else []
+        stream += [sr.Labeled(one, float(n % 2))] if n % 7 == 0 else []
+    return stream
+
+
+SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"), sr.Ids("genres"), sr.Number("price", log=True, standardize=True))
+SHOWN = [one for one in events(24) if isinstance(one, sr.Impression)]
+BATCH = encode(SCHEMA, SHOWN).batch
+LABELS = np.array([n % 3 == 0 for n in range(len(SHOWN))], dtype=np.float32)
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "Memory": lambda folder: sr.Memory(events()),
+    "JsonLines": lambda folder: sr.JsonLines(folder / "*.jsonl"),
+}
+STAGES: dict[str, Callable[[], Stage]] = {
+    "Dedup": lambda: sr.Dedup(ttl=60.0, capacity=20),
+    "Filter": lambda: sr.Filter(lambda event: not isinstance(event, sr.Feedback) or event.kind == "click"),
+    "LabelJoin": lambda: sr.LabelJoin(windows={"click": 20.0, "purchase": 50.0}, lateness=10.0, capacity=10),
+    "Validate": lambda: Validate(max_ahead=60.0),  # public in streamrec.preprocessors
+}
+MODELS: dict[str, Callable[..., Model]] = {
+    "FM": lambda: sr.FM(SCHEMA, dim=4),
+    "SGD": lambda: sr.FM(SCHEMA, dim=4, optimizer=sr.SGD()),
+    "Adagrad": lambda: sr.FM(SCHEMA, dim=4, optimizer=sr.Adagrad()),
+    "FTRL": lambda: sr.FM(SCHEMA, dim=4, optimizer=sr.FTRL()),
+    "Adam": lambda: sr.FM(SCHEMA, dim=4, optimizer=sr.Adam()),
+}
+METRICS: dict[str, list[Callable[[], Metric]]] = {
+    "AUC": [sr.AUC],
+    "LogLoss": [sr.LogLoss, lambda: sr.LogLoss(kind="purchase")],
+    "NormalizedEntropy": [sr.NormalizedEntropy],
+    "Calibration": [sr.Calibration],
+    "CTR": [sr.CTR, lambda: sr.CTR(kind="like")],
+    "ConversionRate": [sr.ConversionRate, lambda: sr.ConversionRate(of="purchase", per="like")],
+}
+# What flows and what configures: frozen, without memory.
+DATA = {
+    *("Batch", "Candidate", "DeadLetter", "Feedback", "Id", "Ids", "Impression", "Labeled", "Number", "Ranked"),
+    *("Report", "Schema", "Text"),
+}
+ERRORS = {"ConfigError", "DamagedError", "SchemaError", "SourceError", "StoreError", "StreamrecError"}
+# What remembers in ways of its own, and the test that holds it to them.
+ELSEWHERE = {
+    "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",
+    "OnlineTrainer": "trainers/test_online.py::test_a_trainer_that_loads_a_state_goes_on_as_the_first",
+    "Scorer": "serving/test_scorer.py::test_scores_are_those_of_the_trainer_s_model",
+    "Store": "storage/test_store_crash.py::test_",
+}
+COVERED = [SOURCES, STAGES, MODELS, METRICS, DATA, ERRORS, ELSEWHERE]
+
+
+def test_every_exported_class_is_under_a_contract() -> None:
+    exported = {name for name in sr.__all__ if inspect.isclass(getattr(sr, name))}
+    covered = [name for group in COVERED for name in group]
+    assert exported == set(sr.__all__), "what is exported and no class needs a contract of its own"
+    assert sorted(set(covered) - {"Validate"}) == sorted(exported), "put the new one under a contract above"
+    assert len(covered) == len(set(covered)), "once is enough"
+
+
+@pytest.mark.parametrize(("name", "where"), ELSEWHERE.items())
+def test_what_is_held_elsewhere_is_held_there(name: str, where: str) -> None:
+    path, test = where.split("::")
+    assert f"def {test}" in (TESTS / path).read_text(encoding="utf-8"), f"the test of {name} is gone"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name: str, tmp_path: Path) -> None:
+    lines = [encode_event(event) + b"\n" for event in events()]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:30]) + b'{"type": \n\n')
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[30:])[:-1])
+    check_source(lambda: SOURCES[name](tmp_path))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages(name: str) -> None:
+    stream: list[Any] = events()
+    if name == "Validate":
+        stream[5] = sr.Impression("", float("nan"), "u1", "p1")
+        stream[9] = sr.Feedback("f9", "i1", START + 1e6)
+        stream[11] = None
+    check_stage(STAGES[name], stream)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    check_model(MODELS[name], BATCH, LABELS)
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, n) for name, makes in METRICS.items() for n in range(len(makes))])
+def test_metrics(name: str, place: int) -> None:
+    check_metric(METRICS[name][place])
+
+
+@pytest.mark.parametrize("name", sorted(DATA | {"SGD", "Adagrad", "FTRL", "Adam"}))
+def test_data_is_frozen_and_remembers_nothing(name: str) -> None:
+    schema = sr.Schema(sr.Id("user"))
+    one = sr.Impression("i1", START, "u1", "p1")
+    made: dict[str, Any] = {
+        "Batch": encode(schema, [one]).batch,
+        "Candidate": sr.Candidate("p1"),
+        "DeadLetter": sr.DeadLetter({}, "lost"),
+        "Feedback": sr.Feedback("f1", "i1", START),
+        "Impression": one,
+        "Labeled": sr.Labeled(one, 1.0),
+        "Ranked": sr.Ranked("p1", 0.5),
+        "Report": sr.Report({}, {}),
+        "Schema": schema,
+        **{kind.__name__: kind("genres") for kind in (sr.Id, sr.Ids, sr.Number, sr.Text)},
+        **{kind.__name__: kind() for kind in (sr.SGD, sr.Adagrad, sr.FTRL, sr.Adam)},
+    }
+    data = made[name]
+    assert type(data) is getattr(sr, name) and not isinstance(data, Stateful)
+    if name != "Schema":  # its two attributes are set once, by convention
+        field = next(iter(getattr(data, "__struct_fields__", None) or getattr(data, "_fields", None) or vars(data)))
+        with pytest.raises(AttributeError):
+            setattr(data, field, None)
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS))
+def test_errors_have_one_root(name: str) -> None:
+    assert issubclass(getattr(sr, name), sr.StreamrecError)
+
+
+def test_dead_letters_go_on_from_their_state() -> None:
+    letters = [sr.DeadLetter({"event": n}, f"reason {n % 3}: {n}", b"x" * n) for n in range(30)]
+    whole = sr.DeadLetters(capacity=7, max_raw=10)
+    assert isinstance(whole, Stateful)
+    for letter in letters:
+        whole.add(letter)
+    for cut in range(len(letters)):
+        first, twin = sr.DeadLetters(capacity=7, max_raw=10), sr.DeadLetters(capacity=7, max_raw=10)
+        for letter in letters[:cut]:
+            first.add(letter)
+        twin.add(letters[-1])
+        state = first.state_dict()
+        check_state_is_plain(state)
+        saved = copy_state(state)
+        twin.load_state_dict(saved)
+        for letter in letters[cut:]:
+            first.add(letter)
+            twin.add(letter)
+        assert first_difference(saved, copy_state(state)) is None
+        assert list(twin) == list(first) == list(whole) and twin.counts == first.counts == whole.counts
+        assert first_difference(whole.state_dict(), twin.state_dict()) is None
