@@ -1,6 +1,6 @@
 """The whole job on real data: a model that learns from an event log, judged on every event before it learns from it.
 
-    python examples/quickstart.py [--limit N] [--out FOLDER]
+    python examples/quickstart.py [--synthetic] [--limit N] [--out FOLDER]
 
 MovieLens-100K as impressions and clicks (see movielens.py) goes through dedup, the label join, a factorization machine
 and the metrics; next to it, on the same events, the two floors every CTR model should beat. Then a service's part:
@@ -83,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, help="events to read (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where the store and picture go")
+    parser.add_argument("--synthetic", action="store_true", help="use the built-in stream; nothing is downloaded")
     options = parser.parse_args(arguments)
 
-    dataset = movielens.load()
+    dataset = movielens.synthetic(reason="--synthetic was given") if options.synthetic else movielens.load()
     log = movielens.event_log(dataset)
-    print(f"{dataset.name}, {len(dataset.labeled):,} impressions{' and their clicks' if dataset.is_real else ''}")
-    if not dataset.is_real:
-        print(f"(not the real data: {dataset.reason})")
+    origin = "" if dataset.is_real else f" (not MovieLens-100K: {dataset.reason})"
+    print(f"{dataset.name}, {len(dataset.labeled):,} impressions and the clicks on them{origin}")
     print(f"A click counts within {WINDOW:.0f} s of its impression, so labels come {WINDOW + 60:.0f} s late.\n")
 
     shutil.rmtree(options.out, ignore_errors=True)  # a demonstration starts afresh; your own runs resume
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(compare(reports))
 
     picture = options.out / "quickstart.png"
-    plot_windows(reports, picture, title=f"{dataset.name}: each score judged before it was learned from, by week")
+    plot_windows(reports, picture, title=f"{dataset.name} by week, each score judged before it is learned from")
     print(f"\nPicture: {picture}")
 
     scorer = sr.Scorer(store)

@@ -16,7 +16,7 @@ def _no_text() -> NDArray[np.int32]:
     return np.zeros((0, 0), dtype=np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class Batch:
     """Encoded impressions. Row r holds the entries `starts[r]` to `ends[r]` (excluded) of the three columns.
 

@@ -40,7 +40,7 @@ def size(path: Path) -> tuple[int, int]:
 
 def test_it_draws_a_picture_of_readme_width(tmp_path: Path) -> None:
     plot_windows({"FM": report(), "logistic regression": report(25)}, tmp_path / "a.png", title="A title")
-    assert size(tmp_path / "a.png") == (1200, 900)
+    assert size(tmp_path / "a.png") == (1200, 937)
 
 
 @pytest.mark.parametrize("n", [1, 2, 300])

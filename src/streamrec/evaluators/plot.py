@@ -57,10 +57,10 @@ def plot_windows(
     if not metrics:
         raise ConfigError("name at least one metric to draw, got none")
     # no pyplot and no rcParams: the figure is ours alone, and a caller's settings and windows stay untouched
-    height = 0.75 + 1.75 * len(metrics)
+    height = 1.0 + 1.75 * len(metrics)
     figure = Figure(figsize=(8.0, height), dpi=150, facecolor="white")
     axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.095, right=0.955, top=1 - 0.68 / height, bottom=0.47 / height, hspace=0.36)
+    figure.subplots_adjust(left=0.095, right=0.955, top=1 - 0.93 / height, bottom=0.47 / height, hspace=0.36)
 
     kept = {name: _told(name, report.windows, min_count) for name, report in reports.items()}
     for axis, metric in zip(axes, metrics, strict=True):
@@ -89,8 +89,8 @@ def plot_windows(
         figure.legend(
             lines,
             names,
-            loc="upper right",
-            bbox_to_anchor=(0.985, 1 - 0.06 / height),
+            loc="upper left",
+            bbox_to_anchor=(0.0125, 1 - 0.36 / height),
             ncols=min(len(lines), 4),
             frameon=False,
             fontsize=9.5,

@@ -1,0 +1,46 @@
+"""Every example runs, as a user would run it, and says what it promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    told = run("quickstart.py", "--synthetic", "--limit", "30000", "--out", str(tmp_path / "out")).splitlines()
+    assert "not MovieLens-100K" in told[0]
+    floors = {line[:28].strip(): line[28:].split() for line in told if line.startswith(("factor", "logistic", "base"))}
+    auc = {name: float(values[0]) for name, values in floors.items()}
+    assert auc["factorization machine"] > auc["base rate"] + 0.05
+    assert auc["logistic regression"] > auc["base rate"] + 0.05
+    assert any(line.startswith("Published: version ") for line in told)
+    assert len(told[-5:]) == 5 and all(0 < float(line.split()[0]) < 1 for line in told[-5:])
+    picture = (tmp_path / "out" / "quickstart.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_service() -> None:
+    told = run("service.py")
+    rankings = {line.split()[0]: line for line in told.splitlines() if line.startswith("u")}
+    assert rankings["u2"].index("kahlo-7") < rankings["u2"].index("klee-8")
+    assert rankings["u3"].index("klee-8") < rankings["u3"].index("kahlo-7")
+    assert "goes on from {'offset': 30000}" in told
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_no_example_is_left_out(path: Path) -> None:
+    tests = "".join(test.read_text(encoding="utf-8") for test in Path(__file__).parent.glob("test_*.py"))
+    assert path.name in tests or f"examples.{path.stem}" in tests or f"import {path.stem}" in tests
