@@ -85,8 +85,8 @@ _encoder = msgspec.json.Encoder()
 def decode_event(line: bytes) -> Event:
     """Read one event from its default JSON form.
 
-    Raises a `ValueError`: `msgspec.DecodeError` for what is not JSON, its subclass `msgspec.ValidationError` for what is
-    not an event, `UnicodeDecodeError` for what is not UTF-8; and `RecursionError` for lists nested a thousand deep.
+    Raises a `ValueError`: `msgspec.DecodeError` for what is not JSON, its subclass `msgspec.ValidationError` for what
+    is not an event, `UnicodeDecodeError` for what is not UTF-8; and `RecursionError` for lists nested a thousand deep.
 
     >>> decode_event(b'{"type":"feedback","id":"f1","impression_id":"i1","time":12.5}').kind
     'click'

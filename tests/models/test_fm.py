@@ -436,7 +436,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="4 rows need as many labels and weights, got 3 and 4"):
         model.learn(batch, labels[:3])
     rows, ops = np.arange(4), np.ones(4, dtype=np.int8)
-    with pytest.raises(ConfigError, match="equally long, got 4, 3, 4 and 4"):
+    with pytest.raises(ConfigError, match="equally long, got rows from 0 to 3, and 4, 3, 4 and 4 of them"):
         model.step(batch, rows, ops[:3], labels, labels)
     for bad in (rows + 1, rows - 1):
         with pytest.raises(ConfigError, match="rows must be from 0 to 3"):

@@ -21,13 +21,14 @@ from streamrec._compile import compiled
 from streamrec.models._hash_table import insert, lookup
 from streamrec.protocols import LEARN
 
-__all__ = ["first_factors", "normalized", "step_kernel"]
+__all__ = ["MISFIT", "NO_ROOM", "first_factors", "normalized", "step_kernel"]
 
 SGD, ADAGRAD, FTRL, ADAM = 0, 1, 2, 3
 REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
 # What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
 MOST = np.finfo(np.float32).max
 LARGEST = np.float32(1e9)  # of a gradient: nothing sensible comes near, and float32 holds the square, many times
+MISFIT, NO_ROOM = -1, -2
 MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -206,9 +207,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
         labels: Any,
         weights: Any,
         slots: Any,
-        slot_rows: Any,
-        row_ids: Any,
-        used: Any,
+        owners: Any,
         table: Any,
         state: Any,
         bias: Any,
@@ -220,18 +219,27 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
         scores: Any,
     ) -> int:
         """Fill `scores` (before learning); return how many rows were left out of learning because of a logit or
-        a gradient that is not finite; -1, and do nothing, where there is no such row. `standardize` is empty where no
-        field is; `numbers`: scale, factors', linear."""
+        a gradient that is not finite. Do nothing, and return `MISFIT`, where the columns are not equally long or there
+        is no such row, and `NO_ROOM` where the table might not hold the new ids. `standardize` is empty where no field
+        is; `numbers`: scale, factors', linear."""
+        if not len(rows) == len(ops) == len(labels) == len(weights) == len(scores):
+            return MISFIT
         any_standardized = len(standardize) > 0
         seed = np.uint64(seed_number)
         scale = numbers[0]
         fnum = numbers[1:5]
         lnum = numbers[5:9]
         longest = 1
+        room = len(owners) - 1 - owners[-1]
         for k in range(len(rows)):
             if rows[k] < 0 or rows[k] >= len(starts):
-                return -1
-            longest = max(longest, ends[rows[k]] - starts[rows[k]])
+                return MISFIT
+            count = ends[rows[k]] - starts[rows[k]]
+            longest = max(longest, count)
+            if ops[k] & LEARN:
+                room -= count
+        if room < 0:
+            return NO_ROOM
         where = np.empty(longest, dtype=np.int64)
         xs = np.empty(longest, dtype=np.float32)
         sums = np.empty(max(dim, 1), dtype=np.float32)
@@ -252,7 +260,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 if any_standardized and standardize[fields[start + i]]:
                     x = _standardized(x, fields[start + i], stats)
                 xs[i] = x
-                at = lookup(key, slots, slot_rows)
+                at = lookup(key, slots)
                 where[i] = at
                 if at >= 0:
                     w = table[at]
@@ -298,7 +306,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 at = where[i]
                 key = ids[start + i]
                 if at < 0:
-                    at = insert(key, slots, slot_rows, row_ids, used)
+                    at = insert(key, slots, owners)
                     begin_row(key, table[at], state[at], seed, scale, fnum, lnum)
                 x = xs[i]
                 w = table[at]

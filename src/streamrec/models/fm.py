@@ -121,20 +121,13 @@ class FM(nn.Module):
         weights: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Carry out an ordered list of operations; see `streamrec.protocols.OrderedModel`."""
-        if not len(rows) == len(ops) == len(labels) == len(weights):
-            raise ConfigError(
-                "rows, ops, labels and weights must be equally long, got "
-                f"{len(rows)}, {len(ops)}, {len(labels)} and {len(weights)}"
-            )
-        ids = self.ids
-        if len(ids) + len(batch.ids) > ids.capacity:  # perhaps too little room: count what the rows can need
-            entries = batch.ends[rows] - batch.starts[rows]
-            if ids.reserve(int(entries.sum())):
-                self._grow()
         scores, left_out = self._run(batch, rows, ops, labels, weights)
+        if left_out == _kernels.NO_ROOM:
+            entries = (batch.ends[rows] - batch.starts[rows])[(ops & LEARN) != 0]
+            self.ids.reserve(int(entries.sum()))
+            self._grow()
+            scores, left_out = self._run(batch, rows, ops, labels, weights)
         if left_out:
-            if left_out < 0:
-                raise ConfigError(f"rows must be from 0 to {len(batch) - 1}, got {np.min(rows)} to {np.max(rows)}")
             self.left_out += left_out
         return scores
 
@@ -149,7 +142,14 @@ class FM(nn.Module):
         scores = np.empty(len(rows), dtype=np.float32)
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends)
         memory = self._memory or self._map_memory()
-        return scores, self._kernel(*columns, rows, ops, labels, weights, *memory, scores)
+        left_out = self._kernel(*columns, rows, ops, labels, weights, *memory, scores)
+        if left_out == _kernels.MISFIT:
+            span = f"rows from {np.min(rows, initial=0)} to {np.max(rows, initial=0)}"
+            raise ConfigError(
+                f"rows must be from 0 to {len(batch) - 1}, and rows, ops, labels and weights equally long, got {span}, "
+                f"and {len(rows)}, {len(ops)}, {len(labels)} and {len(weights)} of them"
+            )
+        return scores, left_out
 
     def _map_memory(self) -> tuple[Any, ...]:
         """The arguments of the kernel that only change when the table grows: numpy views of the tensors' memory."""
@@ -168,7 +168,7 @@ class FM(nn.Module):
         ids = self.ids
         standardize = self._standardize if self._standardize.any() else self._standardize[:0]
         self._memory = (
-            *(ids.slots, ids.slot_rows, ids.row_ids, ids.used),
+            *(ids.slots, ids.owners),
             *(table, state, bias, bias_state, standardize, statistics),
             *(self.seed, self._numbers),
         )
