@@ -106,12 +106,16 @@ def table(results: Sequence[Result], *, against: Sequence[str] = ()) -> str:
     head = ["", "events/s", "min to max", "AUC", "log loss", *(f"times {name}" for name in against)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for result in results:
-        ratios = [f"{result.speed / by_name[name].speed:,.3g}" for name in against]
+        ratios = [_ratio(result.speed / by_name[name].speed) for name in against]
         spread = f"{min(result.speeds):,.0f} to {max(result.speeds):,.0f}"
         lines.append(
             [result.name, f"{result.speed:,.0f}", spread, f"{result.auc:.4f}", f"{result.log_loss:.4f}", *ratios]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def environment() -> str:
