@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from streamrec._compile import compiled
 from streamrec.batch import Batch
 from streamrec.events import Impression
-from streamrec.preprocessors.hashing import hash_bytes, xxh64
+from streamrec.preprocessors.hashing import hash_bytes, joined, xxh64
 from streamrec.schema import Field, Id, Ids, Number, Schema, Text
 
 NoneType = type(None)
@@ -103,7 +103,7 @@ class Encoder:
         for place, (several, column) in enumerate(self._lists):
             lengths[place], rows = _flatten(column(impressions, features), several, strings, problems)
             uneven += [(place, row, weights) for row, weights in rows]
-        data, cuts = _joined(strings)
+        data, cuts = joined(strings)
         assembled = _assemble(count, data, cuts, numbers, lengths, *self._plan)
         ids, values, fields, starts, ends = assembled
         for place, row, weights in uneven:
@@ -255,19 +255,6 @@ def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[s
         return shares
     total = sum(shares.values())
     return {text: count / total for text, count in shares.items()}
-
-
-def _joined(strings: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """uint8: the strings in UTF-8, a zero byte after each; int64 `(n,)`: where those zero bytes are."""
-    if not strings:
-        return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int64)
-    # "surrogatepass" takes every string, and no two to the same bytes
-    data = np.frombuffer(("\0".join(strings) + "\0").encode("utf-8", "surrogatepass"), dtype=np.uint8)
-    cuts = np.flatnonzero(data == 0)
-    if len(cuts) == len(strings):
-        return data, cuts
-    lengths = [len(string.encode("utf-8", "surrogatepass")) + 1 for string in strings]  # one holds a zero byte
-    return data, np.cumsum(lengths, dtype=np.int64) - 1
 
 
 @compiled()

@@ -5,13 +5,15 @@ Ids must stay the same for as long as a checkpoint lives, so the hash is a publi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 
-__all__ = ["hash_bytes", "xxh64"]
+__all__ = ["hash_bytes", "joined", "uniform", "xxh64"]
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -72,6 +74,42 @@ def xxh64(data: Any, start: int, end: int, seed: Any) -> Any:
     h = (h ^ (h >> np.uint64(33))) * _P2
     h = (h ^ (h >> np.uint64(29))) * _P3
     return h ^ (h >> np.uint64(32))
+
+
+def joined(strings: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """uint8: the strings in UTF-8, a zero byte after each; int64 `(n,)`: where those zero bytes are."""
+    if not strings:
+        return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int64)
+    # "surrogatepass" takes every string, and no two to the same bytes
+    data = np.frombuffer(("\0".join(strings) + "\0").encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    cuts = np.flatnonzero(data == 0)
+    if len(cuts) == len(strings):
+        return data, cuts
+    lengths = [len(string.encode("utf-8", "surrogatepass")) + 1 for string in strings]  # one holds a zero byte
+    return data, np.cumsum(lengths, dtype=np.int64) - 1
+
+
+@compiled()
+def _uniform(data: Any, cuts: Any, seed: Any) -> Any:
+    draws = np.empty(len(cuts))
+    begin = 0
+    for i in range(len(cuts)):
+        draws[i] = (xxh64(data, begin, cuts[i], seed) >> np.uint64(11)) * 2.0**-53
+        begin = cuts[i] + 1
+    return draws
+
+
+def uniform(strings: Sequence[str], seed: int = 0) -> NDArray[np.float64]:
+    """float64 `(n,)`: a number in [0, 1) for each string, the same wherever and whenever it is asked for.
+
+    What is chosen by it is chosen alike by every process that sees the string.
+
+    >>> uniform(["i1", "i2", "i1"]).round(3)
+    array([0.185, 0.351, 0.185])
+    """
+    data, cuts = joined(strings)
+    draws: NDArray[np.float64] = _uniform(data, cuts, np.uint64(seed))
+    return draws
 
 
 def hash_bytes(value: bytes, seed: int = 0) -> int:

@@ -37,6 +37,8 @@ class HeldRows:
         """float32 `(slots,)`: the score each held row was served with."""
         self.times: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
         """float64 `(slots,)`: the time of the impression of each."""
+        self.draws: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
+        """float64 `(slots,)`: a number in [0, 1) that its id drew, where non-clicks are sampled."""
         self._free: list[int] = list(range(511, -1, -1))
         self._texts: dict[str, int] = {}
 
@@ -108,7 +110,7 @@ class HeldRows:
         after = before
         while after - before + len(self._free) < rows:
             after *= 2
-        for name in ("_starts", "_ends", "_refs", "served", "times"):
+        for name in ("_starts", "_ends", "_refs", "served", "times", "draws"):
             column = getattr(self, name)
             larger = np.full((after, *column.shape[1:]), -1, dtype=column.dtype)
             larger[:before] = column
@@ -124,6 +126,7 @@ class HeldRows:
             "slots": held,
             "served": self.served[held],
             "times": self.times[held],
+            "draws": self.draws[held],
             "ids": kept.ids,
             "values": kept.values,
             "fields": kept.fields,
@@ -146,3 +149,4 @@ class HeldRows:
         self._free = others + held[::-1].tolist()  # so that `add` gives the rows the slots they had
         self.add(batch, state["times"])
         self.served[held] = state["served"]
+        self.draws[held] = state["draws"]

@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from streamrec.batch import Batch
@@ -18,6 +19,7 @@ from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled, Position
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
+from streamrec.preprocessors.hashing import uniform
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Schema, Text
 from streamrec.storage import Store, Version
@@ -35,6 +37,7 @@ FORMAT = 1
 _LABEL, _KIND, _SLOT = 2, 3, 19
 _KINDS = (1 << _SLOT - _KIND) - 1
 _CLICKED = 1 << _LABEL
+_DRAWS = 0x6E656761  # seeds the choice of non-clicks, so that it is not that of anything else that hashes ids
 
 
 class OnlineTrainer:
@@ -50,7 +53,9 @@ class OnlineTrainer:
     impressions are scored but not learned from, and counted. `metrics`: kept since the start and, with `window`, per so
     many seconds of event time. `store`: a `Store` or where to make one; None keeps nothing. `checkpoint_every`,
     `checkpoint_seconds`: `run` cuts a checkpoint and publishes a version after so many events or seconds on `clock`,
-    whichever is first, and at its end. `batch_size`: events `run` reads at once.
+    whichever is first, and at its end. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks
+    to learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
+    judge all of them.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -73,12 +78,15 @@ class OnlineTrainer:
         checkpoint_seconds: float = 60.0,
         batch_size: int = 256,
         target: str = "click",
+        negatives: float = 1.0,
         dead_letters: DeadLetters | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1 event, got {value!r}")
+        if not 0 < negatives <= 1:
+            raise ConfigError(f"negatives must be a share in (0, 1], got {negatives!r}")
         if not checkpoint_seconds > 0:
             raise ConfigError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds!r}")
         if join is not None and target not in join.windows:
@@ -95,6 +103,7 @@ class OnlineTrainer:
         self.checkpoint_seconds = checkpoint_seconds
         self.batch_size = batch_size
         self.target = target
+        self.negatives = negatives
         self.dead_letters = DeadLetters() if dead_letters is None else dead_letters
         self._clock = clock
         self._validate = Validate()
@@ -164,6 +173,8 @@ class OnlineTrainer:
         them."""
         self._counts["impressions"] += len(shown)
         slots = self._rows.add(batch, [impression.time for impression in shown])
+        if self.negatives < 1:
+            self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         plan, given, freed = self._plan(events, iter(slots))
         if not plan:
             return []
@@ -179,8 +190,11 @@ class OnlineTrainer:
             at, given_labels, given_weights = zip(*given, strict=True)
             labels[list(at)], weights[list(at)] = given_labels, given_weights
 
+        learn_weights = weights  # the metrics judge every label, with its own weight
+        if self.negatives < 1:
+            ops, learn_weights = self._sample(rows, ops, labels, weights)
         acts = np.flatnonzero(ops)
-        found = self._step(self._rows.batch, rows[acts], ops[acts].astype(np.int8), labels[acts], weights[acts])
+        found = self._step(self._rows.batch, rows[acts], ops[acts].astype(np.int8), labels[acts], learn_weights[acts])
         scored = np.flatnonzero(ops[acts] & SCORE)
         found = found[scored]
         # the score that was served, where a service has served one: it is the one to be judged
@@ -207,6 +221,19 @@ class OnlineTrainer:
         self._counts["learned"] += int(np.count_nonzero(ops & LEARN))
         scores: list[float] = found.tolist()
         return scores
+
+    def _sample(
+        self,
+        rows: NDArray[np.int64],
+        ops: NDArray[np.int64],
+        labels: NDArray[np.float32],
+        weights: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The operations without the learning of most non-clicks, and the weights of the rest, which count for them."""
+        negative = ((ops & LEARN) != 0) & (labels == 0)
+        dropped = negative & (self._rows.draws[rows] >= self.negatives)
+        self._counts["sampled_out"] += int(np.count_nonzero(dropped))
+        return np.where(dropped, ops & ~LEARN, ops), np.where(negative, weights / np.float32(self.negatives), weights)
 
     def _plan(
         self, events: Sequence[Any], slots: Iterator[int]
@@ -294,6 +321,7 @@ class OnlineTrainer:
         counts["pending"] = 0 if self.join is None else self.join.pending
         counts["left_out"] = getattr(self.model, "left_out", 0)
         counts["unjoined"] = self._counts["unjoined"]
+        counts["sampled_out"] = self._counts["sampled_out"]
         for part in (*self.preprocessors, self.join, self.dead_letters):
             if part is not None:
                 counts.update(part.counts)
