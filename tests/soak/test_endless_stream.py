@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from heapq import heappop, heappush
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,14 @@ SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"), sr.Ids("tags"), sr.Number("pric
 
 
 def events(count: int, *, seed: int = 0) -> Iterator[sr.Impression | sr.Feedback]:
-    """Impressions without end from 50,000 users, with clicks, duplicates, late and lost ones."""
+    """Impressions from 50,000 users, out of order, with duplicates, clicks, and clicks outside the window."""
     rng = random.Random(seed)
+    clicks: list[tuple[float, int, str]] = []  # a heap: each comes when it is its time
     for n in range(count):
         time = n * 0.1 + rng.uniform(-5.0, 0.0) + 100.0
+        while clicks and clicks[0][0] < n * 0.1 + 100.0:
+            clicked, number, of = heappop(clicks)
+            yield sr.Feedback(id=f"c{number}", impression_id=of, time=clicked)
         tags = rng.sample("abcdefgh", rng.randrange(4))
         shown = sr.Impression(
             id=f"i{n}",
@@ -40,7 +45,7 @@ def events(count: int, *, seed: int = 0) -> Iterator[sr.Impression | sr.Feedback
         if rng.random() < 0.01:
             yield shown
         if rng.random() < 0.1:
-            yield sr.Feedback(id=f"c{n}", impression_id=f"i{n - rng.randrange(3)}", time=time + rng.uniform(0.0, 90.0))
+            heappush(clicks, (time + rng.uniform(0.0, 70.0), n, shown.id))
 
 
 def make_trainer(store: str | None) -> sr.OnlineTrainer:
@@ -66,7 +71,8 @@ def test_memory_stays_flat() -> None:
             batch = []
         if n % 500_000 == 499_999:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    assert trainer.report().counts["learned"] > 2_900_000
+    counts = trainer.report().counts
+    assert counts["learned"] > 2_600_000 and counts["duplicate"] > 25_000 and counts["outside_window"] > 10_000, counts
     assert peaks[-1] - peaks[1] < 32, f"MiB at every 500,000 events: {peaks}"
 
 
@@ -99,7 +105,8 @@ def test_thirty_kills(tmp_path: Path) -> None:
         kills += 1
     assert running.returncode == 0
     assert kills >= 1
-    make_trainer(str(tmp_path / "whole")).run(sr.JsonLines(log))
+    report = make_trainer(str(tmp_path / "whole")).run(sr.JsonLines(log))
+    assert report.counts["learned"] > 390_000
     whole, killed = (sr.Store(str(tmp_path / name)).checkpoints.read() for name in ("whole", "killed"))
     assert whole is not None and killed is not None
     for part in ("model", "metrics", "counts", "preprocessors", "dead_letters"):
