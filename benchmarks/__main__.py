@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import auc_metric, end_to_end
+from benchmarks import auc_metric, end_to_end, ranking
 from benchmarks._measure import compare, environment, table
 from benchmarks.ours import ours
 from benchmarks.peers import peers
@@ -46,6 +46,7 @@ def main() -> None:
     )
     end_to_end.main(repetitions)
     auc_metric.main()
+    ranking.main()
     print(f"import streamrec: {import_time():.1f} ms on top of a bare interpreter")
 
 

@@ -46,7 +46,8 @@ def zipf(rows: int = 1_000_000, *, fields: int = 39, ids: int = 1_000_000, seed:
     """A Criteo-like stream: Zipf(1.1) ids in every field, labels from a planted FM of 8 factors.
 
     The base rate is near 0.27. Every id's planted weight and vector are drawn once; the logit is linear part + pairwise
-    part + constant. Four fifths of its variance are pairwise, so that a linear model cannot learn the stream.
+    part + constant. Seven tenths of its variance are pairwise: the planted
+    probability has an AUC of 0.82, its linear part alone 0.66.
     """
     rng = np.random.default_rng(seed)
     each = ids // fields
@@ -63,9 +64,9 @@ def zipf(rows: int = 1_000_000, *, fields: int = 39, ids: int = 1_000_000, seed:
         linear[start : start + 50_000] = weights[part].sum(axis=1)
         found = vectors[part]  # (rows, fields, 8)
         pairs[start : start + 50_000] = ((found.sum(axis=1) ** 2 - (found**2).sum(axis=1)) / 2).sum(axis=1)
-    linear = 0.75 * (linear - linear.mean()) / linear.std()
-    pairs = 1.5 * (pairs - pairs.mean()) / pairs.std()
-    labels = (rng.random(rows) < 1 / (1 + np.exp(1.45 - linear - pairs))).astype(np.float32)
+    linear = 0.8 * (linear - linear.mean()) / linear.std()
+    pairs = 1.25 * (pairs - pairs.mean()) / pairs.std()
+    labels = (rng.random(rows) < 1 / (1 + np.exp(1.35 - linear - pairs))).astype(np.float32)
     hashes = (chosen.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # spread as hashed ids are
     hashes ^= hashes >> np.uint64(29)
     starts = np.arange(rows, dtype=np.int64) * fields

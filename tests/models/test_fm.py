@@ -27,6 +27,7 @@ PAIRS = [
     (Adagrad(lr=0.05), FTRL(lr=0.2)),
     (FTRL(lr=0.1, l1=0.001, l2=0.01), Adam(lr=0.01)),
     (Adam(lr=0.01), Adagrad(lr=0.1, l2=0.01)),
+    (Adagrad(lr=0.05, l2=0.01, row_wise=True), Adagrad(lr=0.1, row_wise=True)),
 ]
 by_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(type(o).__name__ for o in pair))
 
@@ -220,6 +221,45 @@ def test_ftrl_is_algorithm_1_of_mcmahan_2013(dim: int) -> None:
     assert (learned[:, dim] == 0.0).tolist() == exact_zeros
 
 
+@pytest.mark.parametrize("dim", [0, 4, 16])
+def test_row_wise_adagrad_keeps_the_mean_square_of_a_rows_gradient(dim: int) -> None:
+    rule = Adagrad(lr=0.1, l2=0.02, eps=1e-6, row_wise=True)
+    batch, labels, weights = random_rows(200, seed=1)
+    model = FM(FIELDS, dim=dim, optimizer=rule, linear_optimizer=SGD(lr=0.1), init=0.2)
+    model.begin(batch.ids)
+    assert model.optimizer_rows.shape[1] == 1
+    v = model.factors.detach().double().numpy().copy()
+    n = np.zeros(len(v))
+    for row in range(len(batch)):
+        at = slice(batch.starts[row], batch.ends[row])
+        rows, x = model.ids.find(batch.ids[at]), batch.values[at].astype(np.float64)
+        g = (float(model.predict(batch.take([row]))[0]) - labels[row]) * weights[row] * x[:, None]
+        g = g * (x @ v[rows] - v[rows] * x[:, None]) * (len(rows) > 1) + rule.l2 * v[rows]
+        n[rows] += (g**2).mean(axis=1) if dim else 0.0
+        v[rows] -= rule.lr * g / (np.sqrt(n[rows])[:, None] + rule.eps)
+        model.learn(batch.take([row]), labels[row : row + 1], weights[row : row + 1])
+    np.testing.assert_allclose(model.factors.detach(), v, atol=1e-4)
+    np.testing.assert_allclose(model.optimizer_rows[: len(n), 0], n, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("near", [0, 8192])
+def test_looking_ahead_sees_what_the_event_before_brought(near: int) -> None:
+    batch = rows_of(([5, 9], [1.0, 1.0]), ([9, 5, 7], [1.0, -1.0, 1.0]), ([7], [1.0]), ([5, 7], [2.0, 1.0]))
+    whole, single = FM(FIELDS, dim=4, seed=1), FM(FIELDS, dim=4, seed=1)
+    if near:  # from so many rows on, the loop looks ahead
+        for model in (whole, single):
+            model.begin(np.arange(100, 100 + near))
+    order, labels = np.array([0, 1, 1, 2, 3, 0, 3]), np.array([1, 0, 1, 1, 0, 0, 1], dtype=np.float32)
+    ops = np.array([3, 1, 3, 2, 3, 1, 3], dtype=np.int8)
+    ones = np.ones(7, dtype=np.float32)
+    scores = whole.step(batch, order, ops, labels, ones)
+    for k in range(7):
+        part = slice(k, k + 1)
+        score = single.step(batch, order[part], ops[part], labels[part], ones[part])
+        assert not ops[k] & 1 or score[0] == scores[k]
+    assert state_of(whole) == state_of(single)
+
+
 @pytest.mark.parametrize("dim", [0, 4])
 def test_gradients_are_the_closed_forms(dim: int) -> None:
     """Rendle 2010, eq. 4: 1, x_i, and x_i Σ_j v_jf x_j - v_if x_i²; times p - y for the log loss."""
@@ -406,7 +446,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changed() -> None:
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("optimizer", [None, SGD(lr=0.3, l2=0.1), Adagrad(eps=1e-4), FTRL(l1=1.0), Adam(beta1=0.5)])
+@pytest.mark.parametrize(
+    "optimizer", [None, SGD(lr=0.3, l2=0.1), Adagrad(eps=1e-4), Adagrad(row_wise=True), FTRL(l1=1.0), Adam(beta1=0.5)]
+)
 def test_config_round_trip(optimizer: Any) -> None:
     model = FM(STANDARD, dim=4, optimizer=optimizer, linear_optimizer=Adagrad(l2=0.01), init=0.1, seed=2**63 - 1)
     twin = FM.from_config(model.config())
@@ -451,6 +493,7 @@ WILD = [
     (Adagrad(lr=1e6), FTRL(lr=1e6, beta=0.0, l2=1e-30)),
     (FTRL(lr=1e-12, beta=1e6), Adam(lr=1e6)),
     (Adam(lr=1e6, eps=1e-30), Adagrad(lr=1e6, l2=1e6, eps=1e-30)),
+    (Adagrad(lr=1e6, l2=1e6, eps=1e-30, row_wise=True), Adagrad(lr=1e6, eps=1e-30, row_wise=True)),
 ]
 
 

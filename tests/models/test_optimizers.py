@@ -11,7 +11,9 @@ from streamrec.errors import ConfigError
 from streamrec.models.optimizers import FTRL, SGD, Adagrad, Adam, optimizer_from_dict
 
 
-@pytest.mark.parametrize("rule", [SGD(lr=0.3, l2=0.1), Adagrad(eps=1e-4), FTRL(lr=0.2, l1=1.0), Adam(beta2=0.9)])
+@pytest.mark.parametrize(
+    "rule", [SGD(lr=0.3, l2=0.1), Adagrad(eps=1e-4), Adagrad(row_wise=True), FTRL(lr=0.2, l1=1.0), Adam(beta2=0.9)]
+)
 def test_they_are_plain_and_read_back(rule: Any) -> None:
     saved = msgspec.json.decode(msgspec.json.encode(msgspec.to_builtins(rule)))
     assert optimizer_from_dict(saved) == rule
@@ -38,6 +40,7 @@ def test_a_learning_rate_is_a_positive_number(rule: Any, lr: float) -> None:
     [
         (lambda: SGD(l2=-1.0), "SGD: l2 .*-1.0"),
         (lambda: Adagrad(eps=0.0), "Adagrad: eps must be > 0, got 0.0"),
+        (lambda: Adagrad(row_wise=1), "Adagrad: row_wise must be True or False, got 1"),  # type: ignore[arg-type]
         (lambda: FTRL(l1=float("nan")), "FTRL: l1 .*nan"),
         (lambda: FTRL(beta=0.0), r"beta \+ l2 .*0.0 and 0.0"),
         (lambda: Adam(beta1=1.0), "beta1 and beta2 .*1.0 and 0.999"),

@@ -16,6 +16,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from streamrec._compile import compiled
 from streamrec.models._hash_table import insert, lookup
@@ -23,12 +27,13 @@ from streamrec.protocols import LEARN
 
 __all__ = ["MISFIT", "NO_ROOM", "first_factors", "normalized", "step_kernel"]
 
-SGD, ADAGRAD, FTRL, ADAM = 0, 1, 2, 3
+SGD, ADAGRAD, FTRL, ADAM, ROW_ADAGRAD = 0, 1, 2, 3, 4
 REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
 # What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
 MOST = np.finfo(np.float32).max
 LARGEST = np.float32(1e9)  # of a gradient: nothing sensible comes near, and float32 holds the square, many times
 MISFIT, NO_ROOM = -1, -2
+NEAR_ROWS = 8192  # fewer rows are in the cache anyway: looking ahead would cost some 4 % and bring nothing
 MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -119,11 +124,36 @@ def _ftrl_start(w: Any, numbers: Any) -> Any:
     return -w * (numbers[1] * numbers[0] + numbers[3]) - (numbers[2] if w > 0 else -numbers[2])
 
 
+def _touch_line(typing: Any, array: Any, row: Any, column: Any) -> Any:
+    """Ask for the line of the cache that holds array[row, column], of a two-dimensional array; do not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = make_array(signature.args[0])(context, builder, arguments[0])  # type: ignore[no-untyped-call]
+        stride = cgutils.unpack_tuple(builder, held.strides)[0]  # type: ignore[no-untyped-call]
+        here = builder.add(builder.mul(arguments[1], stride), builder.mul(arguments[2], held.itemsize))
+        address = builder.gep(builder.bitcast(held.data, cgutils.voidptr_t), [here])
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[cgutils.int32_t] * 3])
+        name = "llvm.prefetch.p0"
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        builder.call(prefetch, [address, *(cgutils.int32_t(number) for number in (0, 3, 1))])  # to read, L1, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
+
+
+_touch: Any = intrinsic(_touch_line)
+
+
 @cache
 def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., int]:
     """The loop for one number of factors and one pair of optimizers, which the compiler then knows."""
-    factor_slots = (0, 1, 2, 2)[factor_rule]
-    linear_at = factor_slots * dim + (1 if factor_rule == ADAM else 0)
+    if linear_rule == ROW_ADAGRAD:  # a linear weight is a part of one
+        linear_rule = ADAGRAD
+    factor_slots = (0, 1, 2, 2, 0)[factor_rule]
+    linear_at = factor_slots * dim + (1 if factor_rule in (ADAM, ROW_ADAGRAD) else 0)
+    share = np.float32(1.0 / max(dim, 1))
+    touched = min(dim + 1, 64)  # columns; the processor fetches on by itself
+    state_touched = min(linear_at + (1, 1, 2, 3)[linear_rule], 128)
     one = np.float32(1.0)
     zero = np.float32(0.0)
     half = np.float32(0.5)
@@ -163,7 +193,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
             w[at] -= rate * s[base] / (math.sqrt(s[base + 1]) / root + numbers[3])
 
     @compiled(inline=True)
-    def move_factors(w: Any, sums: Any, gx: Any, x: Any, s: Any, numbers: Any) -> None:
+    def move_factors(w: Any, sums: Any, gx: Any, x: Any, s: Any, numbers: Any, kept: Any) -> None:
         if factor_rule == SGD:
             for f in range(dim):
                 w[f] = _sgd(w[f], gx * (sums[f] - w[f] * x), numbers)
@@ -173,6 +203,17 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 n = s[f] + g * g
                 s[f] = n
                 w[f] = _adagrad(w[f], g, n, numbers)
+        elif factor_rule == ROW_ADAGRAD:
+            total = zero
+            for f in range(dim):
+                g = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
+                kept[f] = g
+                total += g * g
+            n = s[0] + total * share
+            s[0] = n
+            rate = numbers[0] / (math.sqrt(n) + numbers[2])
+            for f in range(dim):
+                w[f] -= rate * kept[f]
         elif factor_rule == FTRL:
             for f in range(dim):
                 g = gx * (sums[f] - w[f] * x)
@@ -194,6 +235,26 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 s[f] = m
                 s[dim + f] = v
                 w[f] -= rate * m / (math.sqrt(v) / root + numbers[3])
+
+    @compiled(inline=True)
+    def touch_slots(ids: Any, start: int, end: int, slots: Any) -> None:
+        mask = len(slots) - 1
+        for e in range(start, end):
+            _touch(slots, ids[e] & mask, 0)
+
+    @compiled(inline=True)
+    def find_and_touch(
+        ids: Any, start: int, end: int, slots: Any, found: Any, table: Any, state: Any, learns: Any
+    ) -> None:
+        for e in range(start, end):
+            at = lookup(ids[e], slots)
+            found[e - start] = at
+            if at >= 0:
+                for column in range(0, touched, 16):
+                    _touch(table, at, column)
+                if learns:
+                    for column in range(0, state_touched, 16):
+                        _touch(state, at, column)
 
     @compiled(fastmath=REASSOCIATE)
     def step(
@@ -240,12 +301,26 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 room -= count
         if room < 0:
             return NO_ROOM
-        where = np.empty(longest, dtype=np.int64)
-        xs = np.empty(longest, dtype=np.float32)
-        sums = np.empty(max(dim, 1), dtype=np.float32)
-        squares = np.empty(max(dim, 1), dtype=np.float32)
+        places = np.empty((2, longest), dtype=np.int64)
+        where, ahead = places[0], places[1]
+        floats = np.empty(2 * dim + longest, dtype=np.float32)
+        sums, squares, xs = floats[:dim], floats[dim : 2 * dim], floats[2 * dim :]
         left_out = 0
+        # Memory is slow, not the arithmetic: while one event is computed, the rows of the next are on their way to the
+        # cache, and the slots of the one after it.
+        far = owners[-1] >= NEAR_ROWS
+        for k in range(min(2, len(rows)) if far else 0):
+            touch_slots(ids, starts[rows[k]], ends[rows[k]], slots)
+        if far and len(rows) > 0:
+            find_and_touch(ids, starts[rows[0]], ends[rows[0]], slots, ahead, table, state, (ops[0] & LEARN) != 0)
         for k in range(len(rows)):
+            if far:
+                where, ahead = ahead, where
+            if far and k + 1 < len(rows):
+                if k + 2 < len(rows):
+                    touch_slots(ids, starts[rows[k + 2]], ends[rows[k + 2]], slots)
+                then = rows[k + 1]
+                find_and_touch(ids, starts[then], ends[then], slots, ahead, table, state, (ops[k + 1] & LEARN) != 0)
             row = rows[k]
             start = starts[row]
             count = ends[row] - start
@@ -260,8 +335,10 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 if any_standardized and standardize[fields[start + i]]:
                     x = _standardized(x, fields[start + i], stats)
                 xs[i] = x
-                at = lookup(key, slots)
-                where[i] = at
+                at = where[i] if far else -1
+                if at < 0:  # not looked up yet, or the event before brought it
+                    at = lookup(key, slots)
+                    where[i] = at
                 if at >= 0:
                     w = table[at]
                     logit += w[dim] * x
@@ -313,7 +390,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 s = state[at]
                 gx = g * x
                 move_linear(w, dim, _bounded(gx, LARGEST), s, linear_at, lnum)
-                move_factors(w, sums, _bounded(gx, most), x, s, fnum)
+                move_factors(w, sums, _bounded(gx, most), x, s, fnum, squares)
                 if any_standardized and standardize[fields[start + i]]:
                     _observe(values[start + i], fields[start + i], stats)
         return left_out

@@ -22,6 +22,10 @@ from streamrec.schema import Number, Schema
 __all__ = ["FM"]
 
 
+LARGEST_CALL = 8192
+"""Operations done at once: room is made for every entry of a call, as if all its ids were new."""
+
+
 class FM(nn.Module):
     """Rendle's factorization machine over a schema: `dim` factors an id; `dim=0` is logistic regression.
 
@@ -121,13 +125,16 @@ class FM(nn.Module):
         weights: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Carry out an ordered list of operations; see `streamrec.protocols.OrderedModel`."""
+        if len(rows) > LARGEST_CALL:
+            cuts = [slice(first, first + LARGEST_CALL) for first in range(0, len(rows), LARGEST_CALL)]
+            return np.concatenate([self.step(batch, rows[c], ops[c], labels[c], weights[c]) for c in cuts])
         scores, left_out = self._run(batch, rows, ops, labels, weights)
-        if left_out == _kernels.NO_ROOM:
-            entries = (batch.ends[rows] - batch.starts[rows])[(ops & LEARN) != 0]
-            self.ids.reserve(int(entries.sum()))
-            self._grow()
-            scores, left_out = self._run(batch, rows, ops, labels, weights)
-        if left_out:
+        if left_out:  # nearly never
+            if left_out == _kernels.NO_ROOM:
+                entries = (batch.ends[rows] - batch.starts[rows])[(ops & LEARN) != 0]
+                self.ids.reserve(int(entries.sum()))
+                self._grow()
+                scores, left_out = self._run(batch, rows, ops, labels, weights)
             self.left_out += left_out
         return scores
 
@@ -143,7 +150,7 @@ class FM(nn.Module):
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends)
         memory = self._memory or self._map_memory()
         left_out = self._kernel(*columns, rows, ops, labels, weights, *memory, scores)
-        if left_out == _kernels.MISFIT:
+        if left_out and left_out == _kernels.MISFIT:
             span = f"rows from {np.min(rows, initial=0)} to {np.max(rows, initial=0)}"
             raise ConfigError(
                 f"rows must be from 0 to {len(batch) - 1}, and rows, ops, labels and weights equally long, got {span}, "

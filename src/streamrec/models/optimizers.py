@@ -7,7 +7,7 @@ follows McMahan et al. 2013, "Ad Click Prediction: a View from the Trenches", al
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Union
+from typing import Any, Union
 
 import msgspec
 from torch import Tensor
@@ -20,12 +20,8 @@ __all__ = ["FTRL", "SGD", "Adagrad", "Adam", "Optimizer", "optimizer_from_dict"]
 class _Settings(msgspec.Struct, frozen=True, tag_field="optimizer"):
     """What every optimizer checks of its numbers."""
 
-    kind: ClassVar[int]
-    """The number by which the kernels know the rule."""
-    slots: ClassVar[int]
-    """float32 numbers remembered per weight."""
-    row_slots: ClassVar[int] = 0
-    """float32 numbers remembered per row, besides those per weight."""
+    # Each rule has `kind`, the number by which the kernels know it; `slots`, float32 numbers remembered per weight; and
+    # `row_slots`, those remembered per row besides.
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -51,18 +47,39 @@ class SGD(_Settings, frozen=True, tag="sgd"):
 
     kind = 0
     slots = 0
+    row_slots = 0
     lr: float = 0.05
     l2: float = 0.0
 
 
 class Adagrad(_Settings, frozen=True, tag="adagrad"):
-    """n += g²; w -= lr g / (√n + eps), with g including l2 w. Duchi et al. 2011."""
+    """n += g²; w -= lr g / (√n + eps), with g including l2 w. Duchi et al. 2011.
 
-    kind = 1
-    slots = 1
+    `row_wise`: the factors of an id share one n, to which the mean of their g² is added, as in fbgemm's
+    `EXACT_ROWWISE_ADAGRAD`. One float32 an id instead of `dim`.
+    """
+
     lr: float = 0.05
     l2: float = 0.0
     eps: float = 1e-10
+    row_wise: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.row_wise, bool):
+            raise ConfigError(f"Adagrad: row_wise must be True or False, got {self.row_wise!r}")
+        super().__post_init__()
+
+    @property
+    def kind(self) -> int:
+        return 4 if self.row_wise else 1
+
+    @property
+    def slots(self) -> int:
+        return 0 if self.row_wise else 1
+
+    @property
+    def row_slots(self) -> int:
+        return 1 if self.row_wise else 0
 
 
 class FTRL(_Settings, frozen=True, tag="ftrl"):
@@ -74,6 +91,7 @@ class FTRL(_Settings, frozen=True, tag="ftrl"):
 
     kind = 2
     slots = 2
+    row_slots = 0
     lr: float = 0.1
     beta: float = 1.0
     l1: float = 0.0
