@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from streamrec.events import Event, Feedback, Impression, Item
 from streamrec.preprocessors.dedup import Dedup
@@ -390,8 +391,6 @@ def test_check_stage_needs_events() -> None:
 
 
 # States.
-
-torch: Any = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ FORMAT = 1
 
 
 # An operation as one number, from its lowest bit: SCORE, LEARN, whether the label is 1, its kind, the slot of the row.
-_LABEL, _KIND, _SLOT = 2, 3, 19
+_LABEL, _KIND, _SLOT = 2, 3, 27
 _KINDS = (1 << _SLOT - _KIND) - 1
 _CLICKED = 1 << _LABEL
 _DRAWS = 0x6E656761  # seeds the choice of non-clicks, so that it is not that of anything else that hashes ids
@@ -175,7 +175,8 @@ class OnlineTrainer:
         slots = self._rows.add(batch, [impression.time for impression in shown])
         if self.negatives < 1:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
-        plan, given, freed = self._plan(events, iter(slots))
+        kinds_here = dict(self._kinds)  # a copy: `Labeled` items may bring new kinds without end
+        plan, given, freed = self._plan(events, iter(slots), kinds_here)
         if not plan:
             return []
         todo = np.array(plan, dtype=np.int64)
@@ -209,7 +210,7 @@ class OnlineTrainer:
         judged = np.flatnonzero(kinds)
         if len(judged):
             which = kinds[judged]
-            names = list(self._kinds)
+            names = list(kinds_here)
             self.validation.update(
                 labels[judged],
                 self._rows.served[rows[judged]],
@@ -236,7 +237,7 @@ class OnlineTrainer:
         return np.where(dropped, ops & ~LEARN, ops), np.where(negative, weights / np.float32(self.negatives), weights)
 
     def _plan(
-        self, events: Sequence[Any], slots: Iterator[int]
+        self, events: Sequence[Any], slots: Iterator[int], kinds: dict[str, int]
     ) -> tuple[list[int], list[tuple[int, float, float]], list[int]]:
         """What these events ask for, in order: a number for each operation, made of the slot of its row, the kind of
         the label to judge, that label, and `SCORE` and `LEARN`. One number, since this loop is most of the trainer's
@@ -253,7 +254,7 @@ class OnlineTrainer:
             if isinstance(event, Labeled):
                 slot = next(slots)
                 given.append((len(plan), event.label, event.weight))
-                kind = self._kinds.setdefault(event.kind, len(self._kinds))
+                kind = kinds.setdefault(event.kind, len(kinds))
                 plan.append(slot << _SLOT | kind << _KIND | (SCORE | LEARN if event.kind == target else SCORE))
                 freed.append(slot)
                 continue
