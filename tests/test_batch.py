@@ -21,6 +21,7 @@ def batch_of(lengths: list[int], texts: bool = False) -> Batch:
         ends - lengths,
         ends,
         *((("a", "b"), refs) if texts else ()),
+        times=np.arange(len(lengths)) / 4,
     )
 
 
@@ -28,7 +29,7 @@ def read(batch: Batch, row: int) -> tuple[object, ...]:
     at = slice(batch.starts[row], batch.ends[row])
     refs = batch.text_refs[row].tolist() if batch.text_refs.size else []
     words = [batch.texts[ref] if ref >= 0 else None for ref in refs]
-    return batch.ids[at].tolist(), batch.values[at].tolist(), batch.fields[at].tolist(), words
+    return batch.ids[at].tolist(), batch.values[at].tolist(), batch.fields[at].tolist(), words, batch.times[row]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.booleans(), st.data())
@@ -43,7 +44,7 @@ def test_take_and_compact_are_the_rows(lengths: list[int], texts: bool, data: st
     assert len(compact.ids) == sum(lengths[row] for row in rows)
     assert compact.starts.tolist() == [0, *compact.ends.tolist()][: len(rows)]
     assert set(compact.texts) == {word for row in rows for word in read(batch, row)[3] if word is not None}  # type: ignore[attr-defined]
-    for name in ("ids", "values", "fields", "starts", "ends", "text_refs"):
+    for name in ("ids", "values", "fields", "starts", "ends", "text_refs", "times"):
         assert getattr(compact, name).dtype == getattr(batch, name).dtype
         assert not np.shares_memory(getattr(compact, name), getattr(batch, name))
     assert batch.ids[taken.entries].tolist() == compact.ids.tolist()

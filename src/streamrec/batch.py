@@ -16,6 +16,10 @@ def _no_text() -> NDArray[np.int32]:
     return np.zeros((0, 0), dtype=np.int32)
 
 
+def _no_times() -> NDArray[np.float64]:
+    return np.zeros(0, dtype=np.float64)
+
+
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class Batch:
     """Encoded impressions. Row r holds the entries `starts[r]` to `ends[r]` (excluded) of the three columns.
@@ -27,6 +31,8 @@ class Batch:
     Within a row no id stands twice. Several batches may be views of the same columns, so that `take` copies none.
 
     `text_refs`: int32 `(rows, text fields)`, references into `texts`, the distinct texts; -1 where there is none.
+
+    `times`: float64 `(rows,)`, the event time of each impression in POSIX seconds; empty where no times are known.
     """
 
     ids: NDArray[np.int64]
@@ -36,6 +42,7 @@ class Batch:
     ends: NDArray[np.int64]
     texts: Sequence[str] = ()
     text_refs: NDArray[np.int32] = field(default_factory=_no_text)
+    times: NDArray[np.float64] = field(default_factory=_no_times)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -44,7 +51,8 @@ class Batch:
         """These rows, in this order, over the same columns."""
         chosen = rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         refs = self.text_refs[chosen] if self.text_refs.size else self.text_refs
-        return Batch(self.ids, self.values, self.fields, self.starts[chosen], self.ends[chosen], self.texts, refs)
+        times = self.times[chosen] if self.times.size else self.times
+        return Batch(self.ids, self.values, self.fields, self.starts[chosen], self.ends[chosen], self.texts, refs, times)
 
     @cached_property
     def entries(self) -> NDArray[np.int64]:
@@ -68,4 +76,5 @@ class Batch:
             ends,
             texts,
             (refs.reshape(self.text_refs.shape) - shift).astype(np.int32),
+            self.times.copy(),
         )

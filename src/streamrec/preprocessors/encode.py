@@ -109,10 +109,11 @@ class Encoder:
         for place, row, weights in uneven:
             behind = int(ends[row] - lengths[place:, row].sum())
             values[behind : behind + len(weights)] = weights
+        times = np.array([shown.time for shown in impressions], dtype=np.float64)
         if not self._texts:
-            return Encoded(Batch(ids, values, fields, starts, ends), problems)
+            return Encoded(Batch(ids, values, fields, starts, ends, times=times), problems)
         texts, refs = self._read_texts(impressions, features, problems)
-        return Encoded(Batch(ids, values, fields, starts, ends, texts, refs), problems)
+        return Encoded(Batch(ids, values, fields, starts, ends, texts, refs, times), problems)
 
     def _read_texts(
         self, impressions: Sequence[Impression], features: Sequence[Mapping[str, Any]], problems: list[Problem]

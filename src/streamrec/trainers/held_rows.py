@@ -49,7 +49,8 @@ class HeldRows:
     @property
     def batch(self) -> Batch:
         """All slots as a batch: row r is slot r. A view, good until the next `add`."""
-        return Batch(self._ids, self._values, self._fields, self._starts, self._ends, list(self._texts), self._refs)
+        columns = (self._ids, self._values, self._fields, self._starts, self._ends)
+        return Batch(*columns, list(self._texts), self._refs, self.times)
 
     def add(self, batch: Batch, times: Sequence[float]) -> list[int]:
         """Hold these rows, which must be a compact batch, of impressions at `times`; return their slots, in order."""
