@@ -1,4 +1,7 @@
-"""All of it, in one run: `make bench`, or `python -m benchmarks [--repetitions N]`."""
+"""All of it, in one run: `make bench`, or `python -m benchmarks [--repetitions N]`.
+
+Peers whose wheels want an interpreter of their own are run where that is given, or where this one has them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import auc_metric, end_to_end, ranking
+from benchmarks import auc_metric, criteo_like, end_to_end, ids, join, ranking, raw_events
 from benchmarks._measure import compare, environment, table
 from benchmarks.ours import ours
 from benchmarks.peers import peers
@@ -31,9 +34,14 @@ def import_time(repetitions: int = 11) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--vw-python", help="an interpreter that has vowpalwabbit")
+    parser.add_argument("--torchrec-python", help="an interpreter that has torchrec and fbgemm-gpu-cpu")
+    parser.add_argument("--bytewax-python", help="an interpreter that has bytewax")
+    options = parser.parse_args()
+    repetitions = options.repetitions
+    few = max(1, repetitions // 2)  # of what takes long; `python -m benchmarks.NAME` repeats it more often
     print(f"{environment()}\n")
     dataset = movielens.load()
     results = compare([*ours(), *peers()], dataset.labeled, repetitions=repetitions)
@@ -42,11 +50,16 @@ def main() -> None:
         table(
             results,
             against=["River FM", "PyTorch FM, sparse Adagrad, batch 256", "PyTorch FM, sparse Adagrad, batch 320"],
-        )
+        ),
+        flush=True,
     )
     end_to_end.main(repetitions)
+    raw_events.main(repetitions, quality=20_000)
+    join.main(repetitions, options.bytewax_python)
     auc_metric.main()
     ranking.main()
+    criteo_like.main(few, vw_python=options.vw_python, torchrec_python=options.torchrec_python)
+    ids.main(1)
     print(f"import streamrec: {import_time():.1f} ms on top of a bare interpreter")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from river import facto, linear_model, optim
 from torch import Tensor, nn
 
+from benchmarks import _elsewhere
 from benchmarks._measure import Peer, Scores, Seconds, clock, one_thread
 from streamrec.events import Impression, Labeled
 
@@ -177,6 +179,65 @@ class TorchFM:
             scores = torch.cat(logits).sigmoid().numpy()
             seconds = clock() - start
         return seconds, scores
+
+
+class VowpalWabbit:
+    """Vowpal Wabbit over a text file written beforehand, in a process of its own; see `_with_vw`.
+
+    It learns each line as it reads it, like ours, and its parsing counts: it has no form that is parsed already but its
+    cache, which it writes while it reads the text. Two threads, parser and learner; the CPU seconds of both.
+
+    On the first 100,000 rows of `streams.zipf`, AUC / log loss of the plain linear model: `--ftrl --ftrl_alpha` 0.01:
+    0.5681 / 0.5757; 0.02: 0.5851 / 0.5721; **0.05: 0.5931 / 0.5705**; its default rule, `-l` 0.1: 0.5832 / 0.5725.
+    Its models of pairs: `-q ff`, a weight for each pair of ids, is what `PAIRS` does, which has no factors to learn.
+    `--lrq`, the factors that an FM has, left the log loss above 10 in seven settings (ranks 2, 4 and 16; `-l` 0.001 to
+    0.05; adaptive or `--sgd`; with dropout) on the first 20,000 rows, and is not shown.
+    """
+
+    LINEAR = ("-b", "22", "--ftrl", "--ftrl_alpha", "0.05")
+    PAIRS = ("-b", "24", "--ftrl", "--ftrl_alpha", "0.005", "-q", "ff")
+
+    def __init__(self, *, python: str, options: Sequence[str] = LINEAR) -> None:
+        self.python, self.options = python, options
+
+    def prepare(self, rows: NDArray[np.int64], labels: NDArray[np.float32], folder: Path) -> Path:
+        """A line for each row: `1 |f 17 25702 ...`, ids as numbers below 2^20, which are not hashed."""
+        text = folder / f"{len(rows)}.vw"
+        if not text.exists():
+            with text.open("w") as file:
+                for row, label in zip(rows.tolist(), labels, strict=True):
+                    file.write(f"{1 if label > 0 else -1} |f {' '.join(map(str, row))}\n")
+        return text
+
+    def run(self, text: Path) -> tuple[Seconds, Scores]:
+        out = text.with_suffix(".scores")
+        logistic = ("--loss_function", "logistic", "--link", "logistic")
+        said = _elsewhere.run(self.python, "_with_vw.py", text, out, *logistic, *self.options)
+        return said["seconds"], np.loadtxt(out, dtype=np.float32)
+
+
+class FusedFM:
+    """The FM over fbgemm's embedding table, or TorchRec's, which moves in its backward pass; see `_with_torchrec`.
+
+    AUC / log loss of the first 50,000 rows of `streams.zipf` by `lr`, the same for both: batch 256: 0.005:
+    0.5215 / 0.5880; 0.01: 0.5545 / 0.5792; **0.02: 0.5608 / 0.5782**; 0.04: 0.5470 / 0.5994; batch 1,024: 0.01:
+    0.5307 / 0.5868; **0.02: 0.5518 / 0.5816**; 0.04: 0.5404 / 0.6023. They keep a state for each coordinate, as ours.
+    """
+
+    def __init__(self, *, python: str, library: str, batch_size: int, lr: float = 0.02) -> None:
+        self.python, self.library, self.batch_size, self.lr = python, library, batch_size, lr
+
+    def prepare(self, rows: NDArray[np.int64], labels: NDArray[np.float32], folder: Path) -> Path:
+        data = folder / f"{len(rows)}.npz"
+        if not data.exists():
+            np.savez(data, rows=rows, labels=labels)
+        return data
+
+    def run(self, data: Path) -> tuple[Seconds, Scores]:
+        out = data.with_suffix(".npy")
+        options = ["--library", self.library, "--batch", self.batch_size, "--lr", self.lr]
+        said = _elsewhere.run(self.python, "_with_torchrec.py", data, out, *options)
+        return said["seconds"], np.load(out)
 
 
 def peers() -> list[Peer]:

@@ -52,7 +52,7 @@ def test_what_cannot_work_is_named(make: Any, named: str) -> None:
     ("other", "named"),
     [
         (Schema(Id("user"), Id("page")), "'item' is only here; 'page' is only there"),
-        (Schema(Id("user"), Ids("item")), r"'item' is Id\(name='item'\) here and Ids\(name='item', limit=1000\) there"),
+        (Schema(Id("user"), Ids("item")), r"'item' is Id\(name='item'\) here and Ids\(name='item'\) there"),
         (Schema(Id("user"), Id("item"), seed=3), "the seed is 0 here and 3 there"),
         (Schema(Id("item"), Id("user")), "the order is user, item here and item, user there"),
     ],

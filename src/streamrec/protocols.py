@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,14 +14,88 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from streamrec.batch import Batch
+from streamrec.errors import ConfigError
 from streamrec.events import Event, Item, Position
 from streamrec.schema import Schema
 
-__all__ = ["LEARN", "SCORE", "Metric", "Model", "OrderedModel", "Source", "Stage", "State", "Stateful"]
+__all__ = ["LEARN", "SCORE", "Changed", "Metric", "Model", "OrderedModel", "Source", "Stage", "State", "Stateful"]
 
 State = Mapping[str, Any]
 """Nested mappings with string keys, and lists; the leaves are numpy arrays, torch tensors, strings, bytes, numbers,
-booleans and None."""
+booleans and None. In one that is written as changes of another, some are `Changed`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """A leaf that stands for an array of the state before: the same but for some rows.
+
+    `rows`: int64 `(m,)`, ascending and distinct; `values`: their new values, an array or tensor `(m, ...)`; `length`:
+    how many rows there are now. The array before is cut to `length` rows, or grown to them: new rows that are not
+    among `rows` are zero. Raises `ConfigError` where the three do not fit together.
+
+    >>> Changed(np.array([1, 3]), np.array([7.0, 9.0]), length=5).applied_to(np.ones(3))
+    array([1., 7., 1., 9., 0.])
+    """
+
+    rows: NDArray[np.int64]
+    values: Any
+    length: int
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1:
+            raise ConfigError(f"rows must be an int64 array (m,), got {_kind(rows)}")
+        if _kind(self.values).endswith("()") or len(self.values) != len(rows):
+            raise ConfigError(f"{len(rows)} rows need as many values, got {_kind(self.values)}")
+        if len(rows) and not (rows[0] >= 0 and rows[-1] < self.length and bool(np.all(rows[1:] > rows[:-1]))):
+            raise ConfigError(
+                f"rows must ascend without doubles from 0 to at most {self.length - 1}, got {rows.min()} to "
+                f"{rows.max()}; sort them with np.unique"
+            )
+
+    def applied_to(self, before: Any) -> Any:
+        """The array now, given the one `before`: a new one. Raises `ConfigError` where it is of another kind."""
+        room = room_for(before, self.length)
+        self.put(room, len(before))
+        return room[: self.length]
+
+    def put(self, room: Any, used: int) -> None:
+        """As `applied_to`, in place, which takes no longer than the changed rows need.
+
+        `room`: an array or tensor of which the first `used` rows are the array before and the others are zero, at
+        least `length` rows of them. Its first `length` rows become the array now, the others stay or become zero.
+        """
+        in_numpy = isinstance(room, np.ndarray)
+        alike = in_numpy == isinstance(self.values, np.ndarray) and room.dtype == self.values.dtype
+        if not alike or len(room) < self.length:
+            raise ConfigError(f"cannot put {self.length} rows of {_kind(self.values)} into {_kind(room)}")
+        if tuple(room.shape[1:]) != tuple(self.values.shape[1:]):
+            raise ConfigError(f"the rows of {_kind(self.values)} are not as long as those of {_kind(room)}")
+        if in_numpy:
+            room[self.length : used] = 0
+            room[self.rows] = self.values
+        else:
+            import torch
+
+            with torch.no_grad():
+                room[self.length : used] = 0
+                room.index_copy_(0, torch.from_numpy(self.rows), self.values)
+
+
+def room_for(before: Any, rows: int) -> Any:
+    """A copy of an array or tensor with room for `rows` rows at least; those it has not are zero."""
+    longest = max(len(before), rows)
+    shape = (longest, *before.shape[1:])
+    room = np.empty(shape, dtype=before.dtype) if isinstance(before, np.ndarray) else before.new_empty(shape)
+    room[: len(before)] = before
+    room[len(before) :] = 0
+    return room
+
+
+def _kind(value: Any) -> str:
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"{type(value).__name__} of {value.dtype} {tuple(value.shape)}"
 
 
 @runtime_checkable
@@ -79,6 +154,19 @@ class Model(Stateful, Protocol):
 
     A model may also have `published()`, the part of its state that a scorer needs, and `config()` with `from_config()`,
     by which a scorer builds it; without them the whole state is published, and a scorer is given a model to fill.
+
+    A large model may have four more, so that what is saved every minute is what a minute has changed:
+
+    - `changes(published: bool = False) -> State`: what `state_dict()`, or `published()`, would give now, as changes
+      since the last `mark(published)`: large arrays as `Changed` leaves under the same names, the rest whole. Where
+      most rows have changed, whole arrays are shorter, and allowed. A copy, as all states are.
+    - `mark(published: bool = False) -> None`: from now on `changes` is about what changes after this. The trainer calls
+      it when it has cut a state, whole or as changes, or has loaded one. The two marks are apart.
+    - `live(published: bool = False) -> State`: as `state_dict()` or `published()`, but its large arrays not copied: a
+      thread copies them while the model goes on learning. So all that is learned after `mark` must be in `changes`, and
+      arrays that the model leaves for larger ones must stay readable.
+    - `load_changes(changes: State) -> None`: in place, a model that holds the state that was marked becomes the one
+      from which `changes(published)` was cut.
     """
 
     @property

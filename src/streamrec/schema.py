@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
@@ -13,27 +14,53 @@ from streamrec.errors import SchemaError
 __all__ = ["Field", "Id", "Ids", "Number", "Schema", "Text"]
 
 
-class Id(msgspec.Struct, frozen=True, tag_field="field", tag="id"):
+class _Values(msgspec.Struct, frozen=True, tag_field="field", repr_omit_defaults=True):
+    """What fields of categorical values have in common."""
+
+    name: str
+
+    def _check(self, admit: int, ttl: float | str | None) -> None:
+        what = f"{type(self).__name__}({self.name!r})"
+        if not (isinstance(admit, int) and 1 <= admit <= 255):
+            raise SchemaError(f"{what}: admit must be a number of sightings from 1 to 255, got {admit!r}")
+        msgspec.structs.force_setattr(self, "ttl", _seconds(ttl, what))
+
+
+class Id(_Values, frozen=True, tag="id"):
     """One categorical value: a user, an item, a country. Strings, integers and booleans; 5 and "5" are the same.
 
     `name`: `"user"` and `"item"` are read from the impression itself, every other name from its `features`.
     An absent value or None is a value of its own, "unknown".
+
+    `admit`: a value gets parameters of its own when it is learned from for the `admit`-th time; until then it shares
+    those of all new values of its field. `ttl`: a value not learned from for so long, in event time, is forgotten:
+    seconds, or text such as `"30d"` (`s`, `m`, `h`, `d`, `w`). None: never.
+
+    >>> Id("user", admit=2, ttl="30d")
+    Id(name='user', admit=2, ttl=2592000.0)
     """
 
-    name: str
+    admit: int = 1
+    ttl: float | str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(self.admit, self.ttl)
 
 
-class Ids(msgspec.Struct, frozen=True, tag_field="field", tag="ids"):
+class Ids(_Values, frozen=True, tag="ids"):
     """Several categorical values: genres, tags.
 
     A list of n values gives each the weight 1/n; a mapping `{value: weight}` is taken as given. Absent, None and
-    empty contribute nothing. At most `limit` values are used, the first ones; what is cut is reported.
+    empty contribute nothing. At most `limit` values are used, the first ones; what is cut is reported. `admit`, `ttl`:
+    as in `Id`.
     """
 
-    name: str
     limit: int = 1000
+    admit: int = 1
+    ttl: float | str | None = None
 
     def __post_init__(self) -> None:
+        self._check(self.admit, self.ttl)
         if self.limit < 1:
             raise SchemaError(f"Ids({self.name!r}): limit must be >= 1, got {self.limit!r}")
 
@@ -60,6 +87,21 @@ class Text(msgspec.Struct, frozen=True, tag_field="field", tag="text"):
     """A text, kept in the batch for the models that read it; models that do not, ignore it."""
 
     name: str
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
+
+
+def _seconds(ttl: float | str | None, what: str) -> float | None:
+    if ttl is None:
+        return None
+    seconds = ttl
+    if isinstance(ttl, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", ttl)
+        seconds = float(match[1]) * _UNITS[match[2]] if match else math.nan
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise SchemaError(f'{what}: ttl must be seconds > 0 or text such as "30d", "12h" or "90m", got {ttl!r}')
+    return float(seconds)
 
 
 Field = Union[Id, Ids, Number, Text]

@@ -204,10 +204,10 @@ def test_a_manifest_in_the_wrong_place_is_damage(shelf: Shelf) -> None:
 def test_what_a_newer_release_wrote_is_not_passed_over(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.write({"step": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("streamrec.storage.store._FORMAT", 2)
+        patch.setattr("streamrec.storage._manifest.FORMAT", 3)
         shelf.write({"step": 2})
 
-    with pytest.raises(StoreError, match=r"0000000002.json has format 2, and this release reads 1: upgrade streamrec"):
+    with pytest.raises(StoreError, match=r"0000000002.json has format 3, and this release reads 2: upgrade streamrec"):
         shelf.read()
     assert read(shelf, 1)[1] == {"step": 1}
 
@@ -254,11 +254,11 @@ def test_a_file_swapped_for_another_is_refused_and_never_run(
 def forge(shelf: Shelf, swapped: Path) -> None:
     import hashlib
 
-    from streamrec.storage.store import _encode
+    from streamrec.storage._manifest import Manifest, encode
 
     data = swapped.read_bytes()
     version = Version(1, 0.0, len(data), hashlib.sha256(data).hexdigest())
-    manifest(shelf, 1).write_bytes(_encode(version, swapped.name))
+    manifest(shelf, 1).write_bytes(encode(Manifest(version, swapped.name)))
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_cure(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""The compiled loop of the FM: operations in order over encoded rows, event by event.
+"""The compiled loops of the FM: operations in order over encoded rows, event by event.
 
 One loop does all: scoring and learning share one forward pass, so that a score does not depend on what is done next,
 on how many rows a call has, or on who calls. Nothing is allocated per event.
 
-The parameters of an id are one row of `weights`: its `dim` factors, then its linear weight. What the optimizers
-remember of them is one row of `state`: factors' slots (each `dim` wide), factors' row slot, linear slots, linear
-row slot.
+All that belongs to an id is one row of the table: its `dim` factors, its linear weight, what the optimizers remember of
+them (see `_updates`), and nothing up to a multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -13,45 +12,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils, types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from streamrec._compile import compiled
-from streamrec.models._hash_table import insert, lookup
+from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
+from streamrec.models._pointers import held, held_rows, touch
+from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
 from streamrec.protocols import LEARN
 
-__all__ = ["MISFIT", "NO_ROOM", "first_factors", "normalized", "step_kernel"]
+__all__ = ["MISFIT", "Kernels", "first_factors", "kernels_of", "located", "normalized", "width_of"]
 
-SGD, ADAGRAD, FTRL, ADAM, ROW_ADAGRAD = 0, 1, 2, 3, 4
 REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
 # What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
 MOST = np.finfo(np.float32).max
-LARGEST = np.float32(1e9)  # of a gradient: nothing sensible comes near, and float32 holds the square, many times
-MISFIT, NO_ROOM = -1, -2
+MISFIT = -1
 NEAR_ROWS = 8192  # fewer rows are in the cache anyway: looking ahead would cost some 4 % and bring nothing
 MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
+FREE_ROW = -np.inf  # in place of the time at which a row expires
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31, _S40 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(40)
-
-
-@compiled(inline=True)
-def _first_factor(key: Any, factor: int, seed: Any, scale: float) -> Any:
-    """Where factor number `factor` of an id starts: uniform in ±scale, a function of the id and the seed alone."""
-    # SplitMix64 (Steele et al. 2014), so that an id's first vector does not depend on when it came
-    mixed = np.uint64(key) ^ seed
-    mixed += _GOLDEN * np.uint64(factor + 1)
-    mixed = (mixed ^ (mixed >> _S30)) * _MIX_1
-    mixed = (mixed ^ (mixed >> _S27)) * _MIX_2
-    mixed ^= mixed >> _S31
-    return np.float32((np.float32(mixed >> _S40) * np.float32(2.0**-23) - np.float32(1.0)) * scale)
+# Places in the list of pointers that all loops are given.
+SLOTS, OLD, OWNERS, HEAD, TABLE, TOUCHED, EXPIRY, BIAS, BIAS_MEMORY, STANDARDIZE, STATISTICS, CLOCK = range(12)
+ADMIT, TTL, NEW_IDS, SKETCH, NUMBERS, ARRAYS = range(12, 18)
+SEED = 2 * ARRAYS
 
 
 @compiled()
@@ -61,8 +45,25 @@ def first_factors(ids: Any, dim: int, seed_number: int, scale: Any) -> Any:
     vectors = np.empty((len(ids), dim), dtype=np.float32)
     for i in range(len(ids)):
         for f in range(dim):
-            vectors[i, f] = _first_factor(ids[i], f, seed, scale)
+            vectors[i, f] = first_factor(ids[i], f, seed, scale)
     return vectors
+
+
+@compiled()
+def located(ids: Any, fields: Any, slots: Any, old: Any, expiry: Any, now: float, admit: Any, new_ids: Any) -> Any:
+    """int64 `(2, entries)`: the rows that count for these entries, -1 where there is none, and the ids they are of."""
+    found = np.empty((2, len(ids)), dtype=np.int64)
+    for i in range(len(ids)):
+        key = ids[i]
+        row = lookup(key, slots, old)
+        if row >= 0 and len(expiry) > 0 and expiry[row] < now:
+            row = -1
+        if row < 0 and len(admit) > 0 and admit[fields[i]] > 1:
+            key = new_ids[fields[i]]
+            row = lookup(key, slots, old)
+        found[0, i] = max(row, -1)
+        found[1, i] = key
+    return found
 
 
 @compiled(inline=True)
@@ -96,165 +97,144 @@ def _observe(value: Any, field: int, stats: Any) -> None:
 
 
 @compiled(inline=True)
-def _bounded(g: Any, most: Any) -> Any:
-    return min(max(g, -most), most)
+def _sight(key: Any, sketch: Any, header: Any) -> Any:
+    """Count a sighting of an id that has no row; return how many there were: never too few since the last halving.
+
+    A count-min sketch of two counters an id, of which the smaller are raised (Estan & Varghese 2002), all halved after
+    every len(sketch) / 8 sightings (TinyLFU, Einziger et al. 2017).
+    """
+    mask = len(sketch) - 1
+    one, other = key & mask, (key >> 32) & mask
+    least = min(sketch[one], sketch[other])
+    if least < 255:
+        if sketch[one] == least:
+            sketch[one] = least + 1
+        if sketch[other] == least:
+            sketch[other] = least + 1
+    header[SIGHTED] += 1
+    if header[SIGHTED] >= len(sketch) >> 3:
+        header[SIGHTED] = 0
+        for i in range(len(sketch)):
+            sketch[i] = sketch[i] >> 1
+    return least + 1
 
 
-@compiled(inline=True)
-def _sgd(w: Any, g: Any, numbers: Any) -> Any:
-    # the one rule by which a weight can run away: lr l2 > 2
-    return min(max(w - numbers[0] * (g + numbers[1] * w), -LARGEST), LARGEST)
+class Kernels(NamedTuple):
+    """The loops for one kind of FM."""
+
+    step: Callable[..., tuple[int, int]]
+    parts: Callable[..., Any]
 
 
-@compiled(inline=True)
-def _adagrad(w: Any, g: Any, n: Any, numbers: Any) -> Any:
-    return w - numbers[0] * g / (math.sqrt(n) + numbers[2])
-
-
-@compiled(inline=True)
-def _ftrl_weight(z: Any, root: Any, numbers: Any) -> Any:
-    """The weight at z and √n = root; `numbers`: 1 / lr, beta, l1, l2."""
-    shrunk = max(z - numbers[2], np.float32(0.0)) + min(z + numbers[2], np.float32(0.0))
-    return -shrunk / ((numbers[1] + root) * numbers[0] + numbers[3])
-
-
-@compiled(inline=True)
-def _ftrl_start(w: Any, numbers: Any) -> Any:
-    """The z at which a weight that has seen no gradient is w."""
-    return -w * (numbers[1] * numbers[0] + numbers[3]) - (numbers[2] if w > 0 else -numbers[2])
-
-
-def _touch_line(typing: Any, array: Any, row: Any, column: Any) -> Any:
-    """Ask for the line of the cache that holds array[row, column], of a two-dimensional array; do not wait for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        held = make_array(signature.args[0])(context, builder, arguments[0])  # type: ignore[no-untyped-call]
-        stride = cgutils.unpack_tuple(builder, held.strides)[0]  # type: ignore[no-untyped-call]
-        here = builder.add(builder.mul(arguments[1], stride), builder.mul(arguments[2], held.itemsize))
-        address = builder.gep(builder.bitcast(held.data, cgutils.voidptr_t), [here])
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[cgutils.int32_t] * 3])
-        name = "llvm.prefetch.p0"
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
-        builder.call(prefetch, [address, *(cgutils.int32_t(number) for number in (0, 3, 1))])  # to read, L1, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.intp), generate
-
-
-_touch: Any = intrinsic(_touch_line)
+def width_of(dim: int, factor_rule: int, linear_rule: int) -> int:
+    """Numbers in a row of the table."""
+    return (updates_of(dim, factor_rule, linear_rule).end + 3) // 4 * 4
 
 
 @cache
-def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., int]:
-    """The loop for one number of factors and one pair of optimizers, which the compiler then knows."""
-    if linear_rule == ROW_ADAGRAD:  # a linear weight is a part of one
-        linear_rule = ADAGRAD
-    factor_slots = (0, 1, 2, 2, 0)[factor_rule]
-    linear_at = factor_slots * dim + (1 if factor_rule in (ADAM, ROW_ADAGRAD) else 0)
-    share = np.float32(1.0 / max(dim, 1))
-    touched = min(dim + 1, 64)  # columns; the processor fetches on by itself
-    state_touched = min(linear_at + (1, 1, 2, 3)[linear_rule], 128)
-    one = np.float32(1.0)
+def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expires: bool) -> Kernels:
+    """The loops for one number of factors and one pair of optimizers, which the compiler then knows.
+
+    `admits`, `expires`: whether ids of some field share a row until they are admitted, or expire.
+    """
+    begin_memory, move_linear, move_factors, linear_at, _ = updates_of(dim, factor_rule, linear_rule)
+    width = width_of(dim, factor_rule, linear_rule)
+    weights_end = dim + 1
     zero = np.float32(0.0)
     half = np.float32(0.5)
-
-    @compiled(inline=True)
-    def begin_row(key: Any, w: Any, s: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
-        for f in range(dim):
-            w[f] = _first_factor(key, f, seed, scale)
-        w[dim] = zero
-        s[:] = zero  # for FTRL too: z = 0 is where a linear weight of 0 starts
-        if factor_rule == FTRL:
-            for f in range(dim):
-                s[f] = _ftrl_start(w[f], fnum)
-
-    @compiled(inline=True)
-    def move_linear(w: Any, at: int, g: Any, s: Any, base: int, numbers: Any) -> None:
-        if linear_rule == SGD:
-            w[at] = _sgd(w[at], g, numbers)
-        elif linear_rule == ADAGRAD:
-            g += numbers[1] * w[at]
-            s[base] += g * g
-            w[at] = _adagrad(w[at], g, s[base], numbers)
-        elif linear_rule == FTRL:
-            n = s[base + 1]
-            grown = n + g * g
-            root = math.sqrt(grown)
-            z = s[base] + g - (root - math.sqrt(n)) * numbers[0] * w[at]
-            s[base] = z
-            s[base + 1] = grown
-            w[at] = _ftrl_weight(z, root, numbers)
-        else:
-            s[base + 2] += one
-            s[base] = numbers[1] * s[base] + (one - numbers[1]) * g
-            s[base + 1] = numbers[2] * s[base + 1] + (one - numbers[2]) * g * g
-            rate = numbers[0] / (one - numbers[1] ** s[base + 2])
-            root = math.sqrt(one - numbers[2] ** s[base + 2])
-            w[at] -= rate * s[base] / (math.sqrt(s[base + 1]) / root + numbers[3])
-
-    @compiled(inline=True)
-    def move_factors(w: Any, sums: Any, gx: Any, x: Any, s: Any, numbers: Any, kept: Any) -> None:
-        if factor_rule == SGD:
-            for f in range(dim):
-                w[f] = _sgd(w[f], gx * (sums[f] - w[f] * x), numbers)
-        elif factor_rule == ADAGRAD:
-            for f in range(dim):
-                g = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
-                n = s[f] + g * g
-                s[f] = n
-                w[f] = _adagrad(w[f], g, n, numbers)
-        elif factor_rule == ROW_ADAGRAD:
-            total = zero
-            for f in range(dim):
-                g = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
-                kept[f] = g
-                total += g * g
-            n = s[0] + total * share
-            s[0] = n
-            rate = numbers[0] / (math.sqrt(n) + numbers[2])
-            for f in range(dim):
-                w[f] -= rate * kept[f]
-        elif factor_rule == FTRL:
-            for f in range(dim):
-                g = gx * (sums[f] - w[f] * x)
-                n = s[dim + f]
-                grown = n + g * g
-                root = math.sqrt(grown)
-                z = s[f] + g - (root - math.sqrt(n)) * numbers[0] * w[f]
-                s[f] = z
-                s[dim + f] = grown
-                w[f] = _ftrl_weight(z, root, numbers)
-        else:
-            s[2 * dim] += one
-            rate = numbers[0] / (one - numbers[1] ** s[2 * dim])
-            root = math.sqrt(one - numbers[2] ** s[2 * dim])
-            for f in range(dim):
-                g = gx * (sums[f] - w[f] * x)
-                m = numbers[1] * s[f] + (one - numbers[1]) * g
-                v = numbers[2] * s[dim + f] + (one - numbers[2]) * g * g
-                s[f] = m
-                s[dim + f] = v
-                w[f] -= rate * m / (math.sqrt(v) / root + numbers[3])
 
     @compiled(inline=True)
     def touch_slots(ids: Any, start: int, end: int, slots: Any) -> None:
         mask = len(slots) - 1
         for e in range(start, end):
-            _touch(slots, ids[e] & mask, 0)
+            touch(slots, ids[e] & mask, 0)
 
     @compiled(inline=True)
     def find_and_touch(
-        ids: Any, start: int, end: int, slots: Any, found: Any, table: Any, state: Any, learns: Any
+        ids: Any, start: int, end: int, slots: Any, old: Any, found: Any, table: Any, expiry: Any, learns: Any
     ) -> None:
         for e in range(start, end):
-            at = lookup(ids[e], slots)
+            at = lookup(ids[e], slots, old)
             found[e - start] = at
             if at >= 0:
-                for column in range(0, touched, 16):
-                    _touch(table, at, column)
-                if learns:
-                    for column in range(0, state_touched, 16):
-                        _touch(state, at, column)
+                last = width - 1 if learns else weights_end - 1
+                for column in range(0, last, 16):
+                    touch(table, at, column)
+                touch(table, at, last)
+
+    @compiled(inline=True)
+    def forward(
+        ids: Any,
+        values: Any,
+        fields: Any,
+        start: int,
+        count: int,
+        known: Any,
+        where: Any,
+        shared: Any,
+        xs: Any,
+        sums: Any,
+        squares: Any,
+        slots: Any,
+        old: Any,
+        table: Any,
+        expiry: Any,
+        now: Any,
+        admit: Any,
+        new_ids: Any,
+        standardize: Any,
+        stats: Any,
+        seed: Any,
+        scale: Any,
+    ) -> Any:
+        """Σ v x in `sums`, Σ (v x)² in `squares`; returns Σ w x. Fills `where`, the row of each entry, or a negative
+        number; `shared`, 1 where that is its field's row for new ids; and `xs`, what each is multiplied by. `known`:
+        what `where` holds was found before, by and large."""
+        linear = zero
+        for f in range(dim):
+            sums[f] = zero
+            squares[f] = zero
+        for i in range(count):
+            key = ids[start + i]
+            x = values[start + i]
+            if len(standardize) > 0 and standardize[fields[start + i]]:
+                x = _standardized(x, fields[start + i], stats)
+            xs[i] = x
+            at = where[i] if known else -1
+            if expires and at >= 0 and expiry[at] < now:
+                at = -1
+            if at < 0:  # not looked up yet, or the event before brought it
+                at = lookup(key, slots, old)
+                if expires and at >= 0 and expiry[at] < now:
+                    at = -1
+            if admits:
+                shared[i] = 0
+                if at < 0 and admit[fields[start + i]] > 1:
+                    shared[i] = 1
+                    key = new_ids[fields[start + i]]
+                    at = lookup(key, slots, old)
+            where[i] = at
+            if at >= 0:
+                w = table[at]
+                linear += w[dim] * x
+                for f in range(dim):
+                    part = w[f] * x
+                    sums[f] += part
+                    squares[f] += part * part
+            else:  # it starts at a known vector, so it need not be in the table to be scored
+                linear += zero * x  # nan for an x that is not finite, whatever dim is
+                for f in range(dim):
+                    part = first_factor(key, f, seed, scale) * x
+                    sums[f] += part
+                    squares[f] += part * part
+        return linear
+
+    @compiled(inline=True)
+    def begin_row(key: Any, row: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
+        for f in range(dim):
+            row[f] = first_factor(key, f, seed, scale)
+        row[dim] = zero
+        begin_memory(row, fnum, lnum)
 
     @compiled(fastmath=REASSOCIATE)
     def step(
@@ -263,105 +243,109 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
         fields: Any,
         starts: Any,
         ends: Any,
+        times: Any,
         rows: Any,
         ops: Any,
         labels: Any,
         weights: Any,
-        slots: Any,
-        owners: Any,
-        table: Any,
-        state: Any,
-        bias: Any,
-        bias_state: Any,
-        standardize: Any,
-        stats: Any,
-        seed_number: int,
-        numbers: Any,
+        pointers: Any,
+        first: int,
         scores: Any,
-    ) -> int:
-        """Fill `scores` (before learning); return how many rows were left out of learning because of a logit or
-        a gradient that is not finite. Do nothing, and return `MISFIT`, where the columns are not equally long or there
-        is no such row, and `NO_ROOM` where the table might not hold the new ids. `standardize` is empty where no field
-        is; `numbers`: scale, factors', linear."""
+    ) -> tuple[int, int]:
+        """Fill `scores` (before learning) from operation `first` on. Return how far it came, which is the end unless
+        the table may lack room for the next one; and how many rows were left out of learning because of a logit or a
+        gradient that is not finite. Do nothing, and return `MISFIT`, where the columns are not equally long or there is
+        no such row."""
         if not len(rows) == len(ops) == len(labels) == len(weights) == len(scores):
-            return MISFIT
-        any_standardized = len(standardize) > 0
-        seed = np.uint64(seed_number)
+            return MISFIT, 0
+        slots = held_rows(pointers, SLOTS, 2, np.int64)
+        old = held_rows(pointers, OLD, 2, np.int64)
+        owners = held(pointers, OWNERS, np.int64)
+        header = held(pointers, HEAD, np.int64)
+        table = held_rows(pointers, TABLE, width, np.float32)
+        touched = held(pointers, TOUCHED, np.uint8)
+        expiry = held(pointers, EXPIRY, np.float64)
+        bias = held(pointers, BIAS, np.float32)
+        bias_memory = held(pointers, BIAS_MEMORY, np.float32)
+        standardize = held(pointers, STANDARDIZE, np.uint8)
+        stats = held_rows(pointers, STATISTICS, 3, np.float64)
+        clock = held(pointers, CLOCK, np.float64)
+        admit = held(pointers, ADMIT, np.int64)
+        ttl = held(pointers, TTL, np.float64)
+        new_ids = held(pointers, NEW_IDS, np.int64)
+        sketch = held(pointers, SKETCH, np.uint8)
+        numbers = held(pointers, NUMBERS, np.float32)
+        seed = np.uint64(pointers[SEED])
         scale = numbers[0]
         fnum = numbers[1:5]
         lnum = numbers[5:9]
         longest = 1
-        room = len(owners) - 1 - owners[-1]
-        for k in range(len(rows)):
+        for k in range(first, len(rows)):
             if rows[k] < 0 or rows[k] >= len(starts):
-                return MISFIT
-            count = ends[rows[k]] - starts[rows[k]]
-            longest = max(longest, count)
-            if ops[k] & LEARN:
-                room -= count
-        if room < 0:
-            return NO_ROOM
-        places = np.empty((2, longest), dtype=np.int64)
-        where, ahead = places[0], places[1]
+                return MISFIT, 0
+            longest = max(longest, ends[rows[k]] - starts[rows[k]])
+        places = np.empty((3, longest), dtype=np.int64)
+        where, ahead, shared = places[0], places[1], places[2]
         floats = np.empty(2 * dim + longest, dtype=np.float32)
         sums, squares, xs = floats[:dim], floats[dim : 2 * dim], floats[2 * dim :]
         left_out = 0
         # Memory is slow, not the arithmetic: while one event is computed, the rows of the next are on their way to the
         # cache, and the slots of the one after it.
-        far = owners[-1] >= NEAR_ROWS
-        for k in range(min(2, len(rows)) if far else 0):
+        far = header[USED] >= NEAR_ROWS
+        for k in range(first, min(first + 2, len(rows)) if far else first):
             touch_slots(ids, starts[rows[k]], ends[rows[k]], slots)
-        if far and len(rows) > 0:
-            find_and_touch(ids, starts[rows[0]], ends[rows[0]], slots, ahead, table, state, (ops[0] & LEARN) != 0)
-        for k in range(len(rows)):
+        if far and first < len(rows):
+            then, learns = rows[first], (ops[first] & LEARN) != 0
+            find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, expiry, learns)
+        for k in range(first, len(rows)):
+            row = rows[k]
+            start = starts[row]
+            count = ends[row] - start
+            learns = (ops[k] & LEARN) != 0
+            if learns and room(slots, owners, header) < count:
+                return k, left_out
             if far:
                 where, ahead = ahead, where
             if far and k + 1 < len(rows):
                 if k + 2 < len(rows):
                     touch_slots(ids, starts[rows[k + 2]], ends[rows[k + 2]], slots)
                 then = rows[k + 1]
-                find_and_touch(ids, starts[then], ends[then], slots, ahead, table, state, (ops[k + 1] & LEARN) != 0)
-            row = rows[k]
-            start = starts[row]
-            count = ends[row] - start
-            learns = (ops[k] & LEARN) != 0
-            for f in range(dim):
-                sums[f] = zero
-                squares[f] = zero
-            logit = bias[0]
-            for i in range(count):
-                key = ids[start + i]
-                x = values[start + i]
-                if any_standardized and standardize[fields[start + i]]:
-                    x = _standardized(x, fields[start + i], stats)
-                xs[i] = x
-                at = where[i] if far else -1
-                if at < 0:  # not looked up yet, or the event before brought it
-                    at = lookup(key, slots)
-                    where[i] = at
-                if at >= 0:
-                    w = table[at]
-                    logit += w[dim] * x
-                    for f in range(dim):
-                        part = w[f] * x
-                        sums[f] += part
-                        squares[f] += part * part
-                else:  # it starts at a known vector, so it need not be in the table to be scored
-                    logit += zero * x  # nan for an x that is not finite, whatever dim is
-                    for f in range(dim):
-                        part = _first_factor(key, f, seed, scale) * x
-                        sums[f] += part
-                        squares[f] += part * part
+                learns_then = (ops[k + 1] & LEARN) != 0
+                find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, expiry, learns_then)
+            linear = forward(
+                ids,
+                values,
+                fields,
+                start,
+                count,
+                far,
+                where,
+                shared,
+                xs,
+                sums,
+                squares,
+                slots,
+                old,
+                table,
+                expiry,
+                clock[0],
+                admit,
+                new_ids,
+                standardize,
+                stats,
+                seed,
+                scale,
+            )
             pairs = zero
             for f in range(dim):
                 pairs += sums[f] * sums[f] - squares[f]
-            logit += half * pairs
+            logit = bias[0] + linear + half * pairs
             if not abs(logit) <= MOST:
                 scores[k] = np.float32(1.0 / (1.0 + math.exp(-min(max(bias[0], -MAX_LOGIT), MAX_LOGIT))))
                 left_out += learns
                 continue
-            bounded = min(max(logit, -MAX_LOGIT), MAX_LOGIT)
-            p = np.float32(1.0 / (1.0 + math.exp(-bounded)))
+            clipped = min(max(logit, -MAX_LOGIT), MAX_LOGIT)
+            p = np.float32(1.0 / (1.0 + math.exp(-clipped)))
             scores[k] = p
             if not learns:
                 continue
@@ -369,7 +353,7 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
             if not abs(g) <= MOST:
                 left_out += 1
                 continue
-            move_linear(bias, 0, _bounded(g, LARGEST), bias_state, 0, lnum)
+            move_linear(bias, 0, bounded(g, LARGEST), bias_memory, 0, lnum)
             spread = zero
             for f in range(dim):
                 spread += squares[f]
@@ -379,21 +363,105 @@ def step_kernel(dim: int, factor_rule: int, linear_rule: int) -> Callable[..., i
                 most = np.float32(LARGEST / (2.0 * math.sqrt(count * spread)))
             if count == 1:  # no pairs: sum - w x is the rounding error of w x, which Adagrad would make a whole step of
                 most = zero
+            now = clock[0]
+            if expires:
+                now = max(now, times[row])
             for i in range(count):
                 at = where[i]
                 key = ids[start + i]
-                if at < 0:
-                    at = insert(key, slots, owners)
-                    begin_row(key, table[at], state[at], seed, scale, fnum, lnum)
+                field = fields[start + i]
+                own = not (admits and shared[i] == 1)
+                if not own and _sight(key, sketch, header) >= admit[field]:
+                    # admitted: it goes on from where the row that it shared stands, with an optimizer that is new
+                    own = True
+                    common = at
+                    at = insert(key, slots, old, owners, header)
+                    begin_row(new_ids[field], table[at], seed, scale, fnum, lnum)
+                    if common >= 0:
+                        for f in range(weights_end):
+                            table[at, f] = table[common, f]
+                        begin_memory(table[at], fnum, lnum)
+                elif at < 0:
+                    if not own:
+                        key = new_ids[field]
+                    live = header[USED] - header[FREED]
+                    at = insert(key, slots, old, owners, header)
+                    if header[USED] - header[FREED] > live or (expires and expiry[at] < clock[0]):
+                        begin_row(key, table[at], seed, scale, fnum, lnum)
+                touched[at] = 3
+                if expires:
+                    expiry[at] = now + ttl[field] if own else np.inf
                 x = xs[i]
                 w = table[at]
-                s = state[at]
                 gx = g * x
-                move_linear(w, dim, _bounded(gx, LARGEST), s, linear_at, lnum)
-                move_factors(w, sums, _bounded(gx, most), x, s, fnum, squares)
-                if any_standardized and standardize[fields[start + i]]:
-                    _observe(values[start + i], fields[start + i], stats)
-        return left_out
+                move_linear(w, dim, bounded(gx, LARGEST), w, linear_at, lnum)
+                move_factors(w, sums, bounded(gx, most), x, fnum, squares)
+                if len(standardize) > 0 and standardize[field]:
+                    _observe(values[start + i], field, stats)
+            if expires:
+                clock[0] = now
+                # a slice of the table for every event, so that what expires does not depend on how calls are cut
+                for _ in range(2 * count):
+                    at = header[HAND]
+                    header[HAND] = at + 1 if at + 1 < header[USED] else 0
+                    if FREE_ROW < expiry[at] < now:
+                        release(at, slots, old, owners, header)
+                        expiry[at] = FREE_ROW
+                        touched[at] = 3
+        return len(rows), left_out
 
-    kernel: Callable[..., int] = step
-    return kernel
+    @compiled(fastmath=REASSOCIATE)
+    def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
+        """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
+        slots = held_rows(pointers, SLOTS, 2, np.int64)
+        old = held_rows(pointers, OLD, 2, np.int64)
+        table = held_rows(pointers, TABLE, width, np.float32)
+        expiry = held(pointers, EXPIRY, np.float64)
+        standardize = held(pointers, STANDARDIZE, np.uint8)
+        stats = held_rows(pointers, STATISTICS, 3, np.float64)
+        clock = held(pointers, CLOCK, np.float64)
+        admit = held(pointers, ADMIT, np.int64)
+        new_ids = held(pointers, NEW_IDS, np.int64)
+        numbers = held(pointers, NUMBERS, np.float32)
+        seed = np.uint64(pointers[SEED])
+        longest = 1
+        for row in range(len(starts)):
+            longest = max(longest, ends[row] - starts[row])
+        places = np.empty((2, longest), dtype=np.int64)
+        where, shared = places[0], places[1]
+        floats = np.empty(dim + longest, dtype=np.float32)
+        squares, xs = floats[:dim], floats[dim:]
+        found = np.empty((len(starts), weights_end), dtype=np.float32)
+        for row in range(len(starts)):
+            sums = found[row]
+            linear = forward(
+                ids,
+                values,
+                fields,
+                starts[row],
+                ends[row] - starts[row],
+                False,
+                where,
+                shared,
+                xs,
+                sums,
+                squares,
+                slots,
+                old,
+                table,
+                expiry,
+                clock[0],
+                admit,
+                new_ids,
+                standardize,
+                stats,
+                seed,
+                numbers[0],
+            )
+            pairs = zero
+            for f in range(dim):
+                pairs += sums[f] * sums[f] - squares[f]
+            found[row, dim] = linear + half * pairs
+        return found
+
+    return Kernels(step, parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +16,20 @@ from torch import Tensor, nn
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, SchemaError
 from streamrec.models import _kernels
+from streamrec.models._hash_table import HAND, SIGHTED
+from streamrec.models._memory import Rows
+from streamrec.models._pointers import pointers_to
 from streamrec.models.id_table import IdTable
 from streamrec.models.optimizers import FTRL, Adagrad, Optimizer, optimizer_from_dict
-from streamrec.protocols import LEARN, SCORE, State
-from streamrec.schema import Number, Schema
+from streamrec.protocols import LEARN, SCORE, Changed, State
+from streamrec.schema import Id, Ids, Number, Schema
 
 __all__ = ["FM"]
 
-
-LARGEST_CALL = 8192
-"""Operations done at once: room is made for every entry of a call, as if all its ids were new."""
+SKETCH = 1 << 22
+"""Bytes in which ids without a row are counted. Halved after every 2^19 sightings, so that at most some 5 % of the ids
+seen are taken for seen once more than they were."""
+CHECKPOINT, PUBLISHED = 1, 2  # bits of a touched row: not in the last checkpoint, not in the last version
 
 
 class FM(nn.Module):
@@ -82,20 +88,129 @@ class FM(nn.Module):
         rule, linear = self.optimizer, self.linear_optimizer
         self._linear_slots = linear.slots + linear.row_slots
         self._state_width = rule.slots * dim + rule.row_slots + self._linear_slots
-        self.weights = nn.Parameter(torch.zeros(self.ids.capacity, dim + 1))
+        self._columns = dim + 1 + self._state_width  # of a row that mean anything
+        values = [field if isinstance(field, (Id, Ids)) else None for field in schema] + [None] * len(schema)
+        admits = any(field is not None and field.admit > 1 for field in values)
+        self._expires = any(field is not None and field.ttl is not None for field in values)
+        # by the fields of a batch, the unknown numbers among them
+        self._admit = np.array([1 if f is None else f.admit for f in values] if admits else [], dtype=np.int64)
+        self._ttl = np.array([math.inf if f is None or f.ttl is None else f.ttl for f in values], dtype=np.float64)
+        self._new_ids = np.array([0 if f is None else _id_of_new(f.name, schema.seed) for f in values], dtype=np.int64)
+        self._sketch = np.zeros(SKETCH if admits else 0, dtype=np.uint8)
+        self._clock = np.array([-math.inf])  # the latest event time learned
+        self.weights = nn.Parameter(torch.empty(0, dim + 1))
         self.bias = nn.Parameter(torch.zeros(1))
         self.optimizer_rows: Tensor
         self.optimizer_bias: Tensor
         self.statistics: Tensor
-        self.register_buffer("optimizer_rows", torch.zeros(self.ids.capacity, self._state_width))
+        self.register_buffer("optimizer_rows", torch.empty(0, self._state_width))
         self.register_buffer("optimizer_bias", torch.zeros(max(self._linear_slots, 1)))
         # float64 (fields, 3): count, mean, sum of squared deviations of the standardised numbers
         self.register_buffer("statistics", torch.zeros(len(schema), 3, dtype=torch.float64))
         standardize = [isinstance(f, Number) and f.standardize for f in schema]
         self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
-        self._kernel = _kernels.step_kernel(dim, rule.kind, linear.kind)
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
-        self._memory: tuple[Any, ...] | None = None
+        self._kernels = self._compiled()
+        self._new_rows(self.ids.capacity)
+
+    def _compiled(self) -> _kernels.Kernels:
+        kinds = (self.optimizer.kind, self.linear_optimizer.kind)
+        return _kernels.kernels_of(self.dim, *kinds, len(self._admit) > 0, self._expires)
+
+    # -- the rows ------------------------------------------------------------------------------------------------------
+
+    def _new_rows(self, rows: int) -> None:
+        """Memory for so many rows, all zero."""
+        width = _kernels.width_of(self.dim, self.optimizer.kind, self.linear_optimizer.kind)
+        self._table = Rows((width,), np.float32, rows)
+        self._touched = Rows((), np.uint8, rows)
+        self._expiry = Rows((), np.float64, rows if self._expires else 0)
+        self._take_views()
+
+    def _take_views(self) -> None:
+        """Make the tensors views of the table: an id's weights and its optimizers' memory lie side by side."""
+        table = torch.from_numpy(self._table.array)
+        self.weights.data = table[:, : self.dim + 1]
+        self.optimizer_rows = table[:, self.dim + 1 : self._columns]
+        self._pointers: NDArray[np.int64] | None = None
+
+    def _is_table(self) -> bool:
+        """Whether the tensors are views of the table still."""
+        return bool(self.weights.data_ptr() == self._table.array.__array_interface__["data"][0])
+
+    def _gather(self) -> None:
+        """Make a table of tensors that are none, after they were moved or copied."""
+        if self.weights.device.type != "cpu":
+            raise ConfigError(
+                f"predict, learn and step run on the CPU, but the parameters are on {self.weights.device}; "
+                "call model.cpu(), or use forward() there"
+            )
+        if self.weights.dtype != torch.float32:
+            raise ConfigError(
+                f"predict, learn and step run in float32, but the parameters are {self.weights.dtype}; "
+                "call model.float(), or use forward()"
+            )
+        if not self._is_table():
+            weights, memory = self.weights.detach(), self.optimizer_rows
+            self._table = Rows(self._table.array.shape[1:], np.float32, len(weights))
+            self._take_views()
+            with torch.no_grad():
+                self.weights.copy_(weights)
+                self.optimizer_rows.copy_(memory)
+
+    def _map(self) -> NDArray[np.int64]:
+        """What the loops need to know of this model's memory; good until that moves."""
+        self._gather()
+        bias, memory, statistics = (t.detach().numpy() for t in (self.bias, self.optimizer_bias, self.statistics))
+        standardize = self._standardize if self._standardize.any() else self._standardize[:0]
+        ids = self.ids
+        arrays = (
+            *(ids.slots, ids.old, ids.owners, ids.header, self._table.array, self._touched.array, self._expiry.array),
+            *(bias, memory, standardize, statistics, self._clock),
+            *(self._admit, self._ttl, self._new_ids, self._sketch, self._numbers),
+        )
+        self._pointers = pointers_to(arrays, self.seed)
+        return self._pointers
+
+    def _make_room(self, more: int) -> None:
+        """Room for so many new ids; what there is stays, and mostly where it is."""
+        used = self.ids.used
+        self.ids.reserve(more)
+        self._fit(used)
+
+    def _fit(self, used: int) -> None:
+        """As many rows as the table of ids has room for; the first `used` are in use."""
+        rows = self.ids.capacity
+        if rows > len(self.weights):
+            if self.weights.device.type == "cpu" and self.weights.dtype == torch.float32:
+                self._gather()
+                self._table.grow(used, rows)
+                self._take_views()
+            else:
+                weights, memory = (t.new_zeros(rows, t.shape[1]) for t in (self.weights, self.optimizer_rows))
+                weights[:used], memory[:used] = self.weights.detach()[:used], self.optimizer_rows[:used]
+                self.weights.data, self.optimizer_rows = weights, memory
+            self._touched.grow(used, rows)
+            if self._expires:
+                self._expiry.grow(used, rows)
+        self._pointers = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FM:
+        self._pointers = None  # .to(), .cuda(), .float(): the tensors move
+        statistics = self.statistics
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.statistics.dtype != torch.float64:  # .float(), .half(): means are kept in float64 all the same
+            self.statistics = statistics.to(self.statistics.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy, by copy.deepcopy or into a Dask worker: settings and state, memory of its own
+        return {"config": self.config(), "state": self.state_dict(), "training": self.training}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FM.__init__(self, **_arguments(state["config"]))
+        self.load_state_dict(state["state"])
+        self.train(state["training"])
 
     # -- scoring and learning ------------------------------------------------------------------------------------------
 
@@ -103,7 +218,11 @@ class FM(nn.Module):
         """float32 `(rows,)`: click probabilities, within 3e-7 of 0 and 1 at the most. Changes nothing."""
         rows = np.arange(len(batch), dtype=np.int64)
         nothing = np.zeros(len(batch), dtype=np.float32)
-        return self._run(batch, rows, np.full(len(batch), SCORE, dtype=np.int8), nothing, nothing)[0]
+        scores = np.empty(len(batch), dtype=np.float32)
+        columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times)
+        pointers = self._map() if self._pointers is None else self._pointers
+        self._kernels.step(*columns, rows, np.full(len(batch), SCORE, np.int8), nothing, nothing, pointers, 0, scores)
+        return scores
 
     def learn(self, batch: Batch, labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
         """One gradient step of the log loss per row, in order. `labels`, `weights`: float32 `(rows,)`."""
@@ -125,113 +244,71 @@ class FM(nn.Module):
         weights: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Carry out an ordered list of operations; see `streamrec.protocols.OrderedModel`."""
-        if len(rows) > LARGEST_CALL:
-            cuts = [slice(first, first + LARGEST_CALL) for first in range(0, len(rows), LARGEST_CALL)]
-            return np.concatenate([self.step(batch, rows[c], ops[c], labels[c], weights[c]) for c in cuts])
-        scores, left_out = self._run(batch, rows, ops, labels, weights)
-        if left_out:  # nearly never
-            if left_out == _kernels.NO_ROOM:
-                entries = (batch.ends[rows] - batch.starts[rows])[(ops & LEARN) != 0]
-                self.ids.reserve(int(entries.sum()))
-                self._grow()
-                scores, left_out = self._run(batch, rows, ops, labels, weights)
+        scores = np.empty(len(rows), dtype=np.float32)
+        columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times)
+        if self._expires and len(batch.times) != len(batch):
+            raise ConfigError(
+                "a field of this schema has a ttl, so that rows need their event times: make the batch by encode(), or "
+                "give it times"
+            )
+        done = 0
+        while True:
+            pointers = self._map() if self._pointers is None else self._pointers
+            done, left_out = self._kernels.step(*columns, rows, ops, labels, weights, pointers, done, scores)
             self.left_out += left_out
+            if done == len(rows):
+                break
+            if done == _kernels.MISFIT:
+                span = f"rows from {np.min(rows, initial=0)} to {np.max(rows, initial=0)}"
+                raise ConfigError(
+                    f"rows must be from 0 to {len(batch) - 1}, and rows, ops, labels and weights equally long, got "
+                    f"{span}, and {len(rows)}, {len(ops)}, {len(labels)} and {len(weights)} of them"
+                )
+            self._make_room(int(batch.ends[rows[done]] - batch.starts[rows[done]]))
+        if self.ids.behind:
+            self.ids.keep_up(int((batch.ends[rows] - batch.starts[rows]).sum()))
+            self._pointers = None
         return scores
 
-    def _run(
-        self,
-        batch: Batch,
-        rows: NDArray[np.int64],
-        ops: NDArray[np.int8],
-        labels: NDArray[np.float32],
-        weights: NDArray[np.float32],
-    ) -> tuple[NDArray[np.float32], int]:
-        scores = np.empty(len(rows), dtype=np.float32)
+    def parts(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 `(rows, dim + 1)`: of the entries of each row Σ v_i x_i, and last, Σ w_i x_i and the pairs among
+        them. The bias is not in it.
+
+        A row in two parts, a and b, has the logit bias + a[dim] + b[dim] + <a[:dim], b[:dim]>. Changes nothing.
+        """
+        pointers = self._map() if self._pointers is None else self._pointers
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends)
-        memory = self._memory or self._map_memory()
-        left_out = self._kernel(*columns, rows, ops, labels, weights, *memory, scores)
-        if left_out and left_out == _kernels.MISFIT:
-            span = f"rows from {np.min(rows, initial=0)} to {np.max(rows, initial=0)}"
-            raise ConfigError(
-                f"rows must be from 0 to {len(batch) - 1}, and rows, ops, labels and weights equally long, got {span}, "
-                f"and {len(rows)}, {len(ops)}, {len(labels)} and {len(weights)} of them"
-            )
-        return scores, left_out
+        found: NDArray[np.float32] = self._kernels.parts(*columns, pointers)
+        return found
 
-    def _map_memory(self) -> tuple[Any, ...]:
-        """The arguments of the kernel that only change when the table grows: numpy views of the tensors' memory."""
-        if self.weights.device.type != "cpu":
-            raise ConfigError(
-                f"predict, learn and step run on the CPU, but the parameters are on {self.weights.device}; "
-                "call model.cpu(), or use forward() there"
-            )
-        if self.weights.dtype != torch.float32:
-            raise ConfigError(
-                f"predict, learn and step run in float32, but the parameters are {self.weights.dtype}; "
-                "call model.float(), or use forward()"
-            )
-        tensors = [self.weights, self.optimizer_rows, self.bias, self.optimizer_bias, self.statistics]
-        table, state, bias, bias_state, statistics = (tensor.detach().numpy() for tensor in tensors)
-        ids = self.ids
-        standardize = self._standardize if self._standardize.any() else self._standardize[:0]
-        self._memory = (
-            *(ids.slots, ids.owners),
-            *(table, state, bias, bias_state, standardize, statistics),
-            *(self.seed, self._numbers),
-        )
-        return self._memory
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FM:
-        self._memory = None  # .to(), .cuda(), .float(): the tensors move
-        statistics = self.statistics
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.statistics.dtype != torch.float64:  # .float(), .half(): means are kept in float64 all the same
-            self.statistics = statistics.to(self.statistics.device)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy, by copy.deepcopy or into a Dask worker, has memory of its own and maps that
-        return {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_kernel")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._memory = None
-        self._kernel = _kernels.step_kernel(self.dim, self.optimizer.kind, self.linear_optimizer.kind)
-
-    def _grow(self) -> None:
-        """Larger tensors, after the table of ids has grown; what they held stays."""
-        for tensor in (self.weights, self.optimizer_rows):
-            new = tensor.new_zeros(self.ids.capacity, tensor.shape[1])
-            kept = min(len(tensor), len(new))
-            new[:kept] = tensor.detach()[:kept]
-            tensor.data = new
-        self._memory = None
+    # -- for autograd --------------------------------------------------------------------------------------------------
 
     def begin(self, ids: NDArray[np.int64]) -> None:
         """Give these ids rows at their first vectors, as learning them would: what autograd needs to move them."""
-        before = len(self.ids)
-        if self.ids.reserve(len(ids)):
-            self._grow()
-        self.ids.insert(np.ascontiguousarray(ids, dtype=np.int64))
-        new = self.ids.ids[before:]
-        first = torch.from_numpy(_kernels.first_factors(new, self.dim, self.seed, self._numbers[0]))
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
+        ids = ids[np.sort(np.unique(ids, return_index=True)[1])]
+        ids = ids[self.ids.find(ids) < 0]
+        self._make_room(len(ids))
+        rows = self.ids.insert(ids)
+        first = torch.from_numpy(_kernels.first_factors(ids, self.dim, self.seed, self._numbers[0]))
+        where = torch.from_numpy(rows)
         with torch.no_grad():
-            self.weights[before : len(self.ids), : self.dim] = first
-            if isinstance(self.optimizer, FTRL):
-                self.optimizer_rows[before : len(self.ids), : self.dim] = self.optimizer.start(first)
+            self.weights[where] = torch.cat([first, first.new_zeros(len(ids), 1)], dim=1).to(self.weights)
+            self._begin_optimizers(where)
+        self._touched.array[rows] = CHECKPOINT | PUBLISHED
+        if self._expires:
+            self._expiry.array[rows] = math.inf
 
-    def _begin_optimizers(self) -> None:
-        """The optimizers' memory as if every weight had begun where it stands: what a published version goes on
-        from."""
-        self.optimizer_rows.zero_()
-        self.optimizer_bias.zero_()
+    def _begin_optimizers(self, rows: Tensor) -> None:
+        """The optimizers' memory of these rows as if every weight had begun where it stands."""
+        memory = self.optimizer_rows.new_zeros(len(rows), self._state_width)
+        weights = self.weights.detach()[rows]
         if isinstance(self.optimizer, FTRL):
-            self.optimizer_rows[:, : self.dim] = self.optimizer.start(self.weights[:, : self.dim])
+            memory[:, : self.dim] = self.optimizer.start(weights[:, : self.dim])
         if isinstance(self.linear_optimizer, FTRL):
-            self.optimizer_rows[:, -self._linear_slots] = self.linear_optimizer.start(self.weights[:, self.dim])
-            self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
-
-    # -- for autograd --------------------------------------------------------------------------------------------------
+            linear = weights[:, self.dim]
+            memory[:, -self._linear_slots] = torch.where(linear == 0, 0.0, self.linear_optimizer.start(linear))
+        self.optimizer_rows[rows] = memory
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, float32 `(rows,)`, on the parameters' device, differentiable in `weights` and `bias`.
@@ -244,7 +321,9 @@ class FM(nn.Module):
         statistics = self.statistics.cpu().numpy()
         seen = _kernels.normalized(batch.values[where], batch.fields[where], self._standardize, statistics)
         values = torch.from_numpy(seen).to(device)  # (entries,)
-        rows = torch.from_numpy(self.ids.find(ids)).to(device)  # (entries,)
+        tables = (self.ids.slots, self.ids.old, self._expiry.array, self._clock[0], self._admit, self._new_ids)
+        located, ids = _kernels.located(ids, batch.fields[where], *tables)
+        rows = torch.from_numpy(located).to(device)  # (entries,)
         known = self.weights[rows.clamp(min=0)]  # (entries, dim + 1)
         first = torch.from_numpy(_kernels.first_factors(ids, self.dim, self.seed, self._numbers[0])).to(device)
         start = torch.cat([first, first.new_zeros(len(ids), 1)], dim=1)
@@ -259,12 +338,12 @@ class FM(nn.Module):
     @property
     def factors(self) -> Tensor:
         """float32 `(rows, dim)`: the vectors of `ids.ids`. A view."""
-        return self.weights[: len(self.ids), : self.dim]
+        return self.weights[: self.ids.used, : self.dim]
 
     @property
     def linear(self) -> Tensor:
         """float32 `(rows,)`: the linear weights of `ids.ids`. A view."""
-        return self.weights[: len(self.ids), self.dim]
+        return self.weights[: self.ids.used, self.dim]
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -282,30 +361,110 @@ class FM(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FM:
         """The model that `config` describes. Raises `ConfigError` where it cannot."""
-        return cls(
-            Schema.from_dict(config["schema"]),
-            dim=config["dim"],
-            optimizer=optimizer_from_dict(config["optimizer"]),
-            linear_optimizer=optimizer_from_dict(config["linear_optimizer"]),
-            init=config["init"],
-            seed=config["seed"],
-        )
+        return cls(**_arguments(config))
 
     def published(self) -> State:
-        """What a scorer needs: `state_dict` without the optimizers' memory."""
-        state: dict[str, Any] = dict(self.state_dict())
-        return {name: value for name, value in state.items() if not name.startswith("optimizer")}
+        """What a scorer needs: `state_dict` without what only learning does."""
+        return self._state(published=True)
+
+    def live(self, published: bool = False) -> State:
+        """What `state_dict()`, or `published()`, would hold, the rows as views of this model's memory: they go on
+        changing. See `streamrec.protocols.Model`."""
+        return self._state(published=published, live=True)
+
+    def changes(self, published: bool = False) -> State:
+        """What `state_dict()`, or `published()`, would hold, of the rows only those that changed since the last `mark`
+        of that kind. See `streamrec.protocols.Model`."""
+        return self._state(published=published, changes=True)
+
+    def mark(self, published: bool = False) -> None:
+        """From now on `changes(published)` is about what changes after this."""
+        self._touched.array[: self.ids.used] &= ~np.uint8(PUBLISHED if published else CHECKPOINT)
+
+    def load_changes(self, changes: State) -> None:
+        """Become, in place, the model whose `changes` these are, having been what it was at its last `mark`.
+
+        Raises `StoreError` or `ConfigError` where they belong to another state.
+        """
+        ids = changes["ids"]
+        used, rows = self.ids.used, ids.rows
+        self.ids.change(rows, np.asarray(ids.values), ids.length, np.asarray(changes["free"]))
+        self._fit(used)
+        self._gather()
+        table = self._table.array
+        table[rows, : self.dim + 1] = changes["weights"].values.numpy()
+        with torch.no_grad():
+            self.bias.copy_(changes["bias"])
+            self.statistics.copy_(changes["statistics"])
+            if "optimizer_rows" in changes:
+                table[rows, self.dim + 1 : self._columns] = changes["optimizer_rows"].values.numpy()
+                self.optimizer_bias.copy_(changes["optimizer_bias"])
+            else:
+                self._begin_optimizers(torch.from_numpy(rows))
+        expiry = changes["expiry"].values.numpy() if "expiry" in changes else math.inf
+        self._load_policies(changes, rows, expiry)
+        self._touched.array[rows] = CHECKPOINT | PUBLISHED
+
+    def _state(self, *, published: bool, changes: bool = False, live: bool = False) -> dict[str, Any]:
+        used = self.ids.used
+        mark = PUBLISHED if published else CHECKPOINT
+        rows = np.flatnonzero(self._touched.array[:used] & mark) if changes else np.arange(0)
+        tensors = [self.weights.detach()] if published else [self.weights.detach(), self.optimizer_rows]
+        if changes:  # by numpy, which wakes no threads: on a busy machine they would be waited for
+            if self._is_table():
+                block = torch.from_numpy(self._table.array.take(rows, axis=0))
+                cuts = torch.split(block, [self.dim + 1, self._state_width, block.shape[1] - self._columns], dim=1)
+            else:
+                cuts = tuple(tensor.index_select(0, torch.from_numpy(rows)) for tensor in tensors)
+            leaves: list[Any] = [Changed(rows, part, used) for part in cuts[: len(tensors)]]
+        else:
+            leaves = [tensor[:used] if live else tensor[:used].clone() for tensor in tensors]
+        free = self.ids.free
+        ids = self.ids.ids[rows] if changes else self.ids.ids.copy()
+        if self._expires:
+            now = self._expiry.array[:used]
+            ids[(now[rows] if changes else now) == _kernels.FREE_ROW] = 0
+            if published:
+                free = np.concatenate([free, np.flatnonzero((now < self._clock) & (now > _kernels.FREE_ROW))])
+        state: dict[str, Any] = {
+            "ids": Changed(rows, torch.from_numpy(ids), used) if changes else torch.from_numpy(ids),
+            "free": torch.from_numpy(free),
+            "weights": leaves[0],
+            "bias": self.bias.detach().clone(),
+            "statistics": self.statistics.clone(),
+        }
+        if published:
+            return state
+        state["optimizer_rows"] = leaves[1]
+        state["optimizer_bias"] = self.optimizer_bias.clone()
+        state["left_out"] = torch.tensor(self.left_out)
+        if self._expires:
+            expiry = torch.from_numpy(self._expiry.array[rows] if changes else self._expiry.array[:used].copy())
+            state["expiry"] = Changed(rows, expiry, used) if changes else expiry
+            state["clock"] = torch.from_numpy(self._clock.copy())
+            state["hand"] = torch.tensor(int(self.ids.header[HAND]))
+        if len(self._admit):
+            state["sketch"] = torch.from_numpy(self._sketch.copy())
+            state["sighted"] = torch.tensor(int(self.ids.header[SIGHTED]))
+        return state
+
+    def _load_policies(self, state: Mapping[str, Any], rows: Any, expiry: Any, prefix: str = "") -> None:
+        """What admission and expiry remember; of a state that was published, nothing."""
+        if self._expires:
+            self._expiry.array[rows] = expiry
+            self._expiry.array[self.ids.free] = _kernels.FREE_ROW
+            self._clock[:] = np.asarray(state.get(prefix + "clock", -math.inf))
+        self.ids.header[HAND] = int(state.get(prefix + "hand", 0))
+        self.ids.header[SIGHTED] = int(state.get(prefix + "sighted", 0))
+        if prefix + "sketch" in state and len(self._sketch):
+            self._sketch[:] = np.asarray(state[prefix + "sketch"])
+        self.left_out = int(state.get(prefix + "left_out", self.left_out))
+        self._pointers = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # torch's own hook: only the rows in use are saved, and the ids with them
-        rows = len(self.ids)
-        destination[prefix + "ids"] = torch.from_numpy(self.ids.ids.copy())
-        destination[prefix + "weights"] = self.weights.detach()[:rows].clone()
-        destination[prefix + "bias"] = self.bias.detach().clone()
-        destination[prefix + "optimizer_rows"] = self.optimizer_rows[:rows].clone()
-        destination[prefix + "optimizer_bias"] = self.optimizer_bias.clone()
-        destination[prefix + "statistics"] = self.statistics.clone()
-        destination[prefix + "left_out"] = torch.tensor(self.left_out)
+        for name, value in self._state(published=False).items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(
         self,
@@ -340,15 +499,43 @@ class FM(nn.Module):
                 f"the saved optimizer memory is {tuple(optimizer_rows.shape)}, but {self.optimizer!r} with "
                 f"{self.linear_optimizer!r} needs {self._state_width} columns; use the optimizers it was saved with"
             )
-        self.ids.load_state_dict({"ids": state_dict[prefix + "ids"].cpu().numpy()})
-        self._grow()
+        table = {"ids": state_dict[prefix + "ids"].cpu().numpy()}
+        if prefix + "free" in state_dict:
+            table["free"] = state_dict[prefix + "free"].cpu().numpy()
+        self.ids.load_state_dict(table)
+        used, kind = len(weights), (self.weights.device, self.weights.dtype)
+        self._new_rows(self.ids.capacity)
+        self.weights.data, self.optimizer_rows = self.weights.data.to(*kind), self.optimizer_rows.to(*kind)
         with torch.no_grad():
-            self.weights[: len(weights)] = weights
+            self.weights[:used] = weights
             self.bias.copy_(state_dict[prefix + "bias"])
             self.statistics.copy_(statistics)
             if optimizer_rows is not None:
-                self.optimizer_rows[: len(weights)] = optimizer_rows
+                self.optimizer_rows[:used] = optimizer_rows
                 self.optimizer_bias.copy_(state_dict[prefix + "optimizer_bias"])
             else:
-                self._begin_optimizers()
-        self.left_out = int(state_dict.get(prefix + "left_out", 0))
+                self._begin_optimizers(torch.arange(used))
+                self.optimizer_bias.zero_()
+                if isinstance(self.linear_optimizer, FTRL):
+                    self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
+        self._touched.array[:used] = CHECKPOINT | PUBLISHED
+        expiry = state_dict.get(prefix + "expiry")
+        self._load_policies(state_dict, slice(used), math.inf if expiry is None else expiry.numpy(), prefix)
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments that `config()` wrote."""
+    return {
+        "schema": Schema.from_dict(config["schema"]),
+        "dim": config["dim"],
+        "optimizer": optimizer_from_dict(config["optimizer"]),
+        "linear_optimizer": optimizer_from_dict(config["linear_optimizer"]),
+        "init": config["init"],
+        "seed": config["seed"],
+    }
+
+
+def _id_of_new(name: str, seed: int) -> int:
+    """The id of the row that new values of a field share until they are admitted."""
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little", signed=True)

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import Impression
 from streamrec.models import FM, ranking
@@ -21,44 +19,16 @@ from streamrec.preprocessors import Encoder
 from streamrec.preprocessors.encode import Problem
 from streamrec.protocols import Model
 from streamrec.schema import Schema
-from streamrec.serving._sides import Sides, encoded_in_blocks
+from streamrec.serving._catalogue import BLOCK, Catalogue, with_parts
+from streamrec.serving._sides import Sides
+from streamrec.serving._warm import warm
+from streamrec.serving.candidates import Candidate, Ranked, Shortlist, candidate_of, item_of, paired
 from streamrec.storage import Store, Version
 
-__all__ = ["Candidate", "Ranked", "Scorer"]
+__all__ = ["Scorer"]
 
 MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {"FM": FM.from_config}
 """What a scorer can build from a version alone."""
-
-BLOCK = 8192  # items of a catalogue that are encoded or scored at once
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """An item that might be shown, with the features of its own."""
-
-    item: str
-    features: Mapping[str, Any] = {}
-
-
-class Ranked(NamedTuple):
-    """An item and its click probability."""
-
-    item: str
-    score: float
-
-
-class _Catalogue(NamedTuple):
-    """Items that stay, with what one version makes of them."""
-
-    candidates: Sequence[str | Candidate]
-    items: Sequence[str]
-    places: Mapping[str, int]
-    names: frozenset[str]  # the fields that are the items' own
-    batch: Batch | None  # of those fields; None where the model is no FM
-    parts: NDArray[np.float32] | None  # (items, dim + 1), of this version
-
-    def candidate(self, item: str) -> Candidate | None:
-        place = self.places.get(item)
-        return None if place is None else _candidate(self.candidates[place])
 
 
 class _Serving(NamedTuple):
@@ -68,7 +38,7 @@ class _Serving(NamedTuple):
     model: Model
     encoder: Encoder
     sides: Callable[[frozenset[str]], Sides]
-    catalogue: _Catalogue | None = None
+    catalogue: Catalogue | None = None
 
 
 class Scorer:
@@ -132,7 +102,7 @@ class Scorer:
             return Sides(schema, names)
 
         serving = _Serving(version, model, Encoder(schema), sides)
-        _warm(serving)
+        warm(model, serving.encoder, sides)
         return serving
 
     @property
@@ -166,10 +136,9 @@ class Scorer:
                 return False
             if before.catalogue is not None:
                 # encoding knows no weights: by the same schema, the batch is the same
-                same = before.model.schema == serving.model.schema
-                catalogue, _ = _catalogue(
-                    before.catalogue.candidates, serving, before.catalogue.batch if same else None
-                )
+                kept = before.catalogue.by_fm if before.model.schema == serving.model.schema else None
+                batch = None if kept is None else kept.batch
+                catalogue, _ = with_parts(before.catalogue, serving.model, serving.sides, batch)
                 serving = serving._replace(catalogue=catalogue)
             self._serving = serving
             return True
@@ -188,14 +157,42 @@ class Scorer:
         """The items there are, for `retrieve`, and for `rank` to know by their names; in place of those before.
 
         A field that any of them has features for is the items' own: an item without it has it unknown, whatever the
-        `features` of a request say. For an FM an item takes 4 (dim + 1) bytes and 16 for each of its features, encoded
+        `features` of a request say. For an FM an item takes 5 (dim + 1) bytes and 16 for each of its features, encoded
         once; a refresh computes only the weights' part again. Raises `ConfigError` where an item stands twice.
         """
-        candidates = tuple(candidates)
+        catalogue = Catalogue.of(tuple(candidates))
         with self._refreshing:
-            catalogue, problems = _catalogue(candidates, self._serving, None)
-            self._serving = self._serving._replace(catalogue=catalogue)
+            serving = self._serving
+            catalogue, problems = with_parts(catalogue, serving.model, serving.sides, None)
+            self._serving = serving._replace(catalogue=catalogue)
         self._count(problems)
+
+    def shortlist(self, items: Iterable[str]) -> Shortlist:
+        """These items of the catalogue, looked up once, for a service that ranks the same ones again and again.
+
+        `rank` takes it in place of the names, and finds without a dictionary what is kept of them. Raises `ConfigError`
+        where there is no catalogue, or one of them is not in it.
+
+        >>> from streamrec import FM, Id, OnlineTrainer, Schema
+        >>> trainer = OnlineTrainer(model=FM(Schema(Id("user"), Id("item"))), store="memory://shortlist-doctest")
+        >>> _ = trainer.publish()
+        >>> scorer = Scorer("memory://shortlist-doctest")
+        >>> scorer.set_catalogue(["p0", "p1", "p2"])
+        >>> front_page = scorer.shortlist(["p2", "p0"])
+        >>> len(scorer.rank(user="u1", candidates=front_page)), front_page.places.tolist()
+        (2, [2, 0])
+        """
+        catalogue = self._serving.catalogue
+        if catalogue is None:
+            raise ConfigError("there is no catalogue to look items up in: call set_catalogue(candidates) first")
+        if isinstance(items, str):
+            raise ConfigError(f"shortlist takes several items, got the one text {items!r}; pass [{items!r}]")
+        items = tuple(items)
+        places = catalogue.find(items)
+        if places is None:
+            stranger = next(item for item in items if item not in catalogue.places)
+            raise ConfigError(f"{stranger!r} is not in the catalogue: leave it out, or set a catalogue that has it")
+        return Shortlist(items, places, catalogue.mark)
 
     def rank(
         self,
@@ -209,72 +206,77 @@ class Scorer:
 
         `features`: those of the user and the moment, shared by all; a candidate's own come on top, also on top of those
         the catalogue has for it. Names of the catalogue alone, without features of their own, are ranked by what is
-        kept of them. For an FM the order is by the logit, which tells apart what the float32 probability may not.
+        kept of them; fastest as a `shortlist`. For an FM the order is by the logit, which tells apart what the float32
+        probability may not.
         """
         _check(k)
         serving = self._serving
-        shared = dict(features or {})
-        if type(serving.model) is not FM:
-            shown = [_impression(serving.catalogue, user, candidate, shared) for candidate in candidates]
-            scores = self._score(serving, shown)
-            return _best([one.item for one in shown], scores, np.argsort(-scores, kind="stable")[:k])
-        catalogue = serving.catalogue
-        if catalogue is not None and catalogue.parts is not None:
-            try:
-                found = map(catalogue.places.__getitem__, candidates)  # type: ignore[arg-type]
-                places = np.fromiter(found, dtype=np.int64, count=len(candidates))
-            except (KeyError, TypeError):  # one is not in it, or is a Candidate
-                pass
-            else:
+        model, catalogue = serving.model, serving.catalogue
+        shared = {} if features is None else features
+        if type(model) is not FM:
+            scores = self._score(serving, [_impression(catalogue, user, one, shared) for one in candidates])
+            order = np.argsort(-scores, kind="stable")[:k]
+            return paired((item_of(candidates[place]) for place in order.tolist()), scores[order])
+        if catalogue is not None and catalogue.by_fm is not None:
+            places = catalogue.find(candidates)
+            if places is not None:
                 part = self._shared(serving, catalogue.names, user, shared, len(candidates))
-                logits = ranking.logits(serving.model, part, catalogue.parts, places)
-                return _best_logits(candidates, logits, k)  # type: ignore[arg-type]
-        items = [one if isinstance(one, str) else one.item for one in candidates]
-        return _best_logits(items, self._logits(serving, user, candidates, shared), k)
+                order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
+                names: Sequence[str] = candidates  # type: ignore[assignment]  # found: they are
+                return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
+        order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared), k)
+        return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
 
     def _shared(
         self, serving: _Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int
     ) -> NDArray[np.float32]:
         """float32 `(dim + 1,)`: the part of the fields that are not the items' own."""
-        shown = Impression(id="", time=0.0, user=user, item="", features=shared)
-        batch, problems = serving.sides(names).shared([shown])
+        batch, problems = serving.sides(names).shared.one(user, shared)
         if problems:
             self._count(problems, times)
         part: NDArray[np.float32] = ranking.parts(serving.model, batch)[0]  # type: ignore[arg-type]
         return part
 
     def _logits(
-        self, serving: _Serving, user: str, candidates: Sequence[str | Candidate], shared: Mapping[str, Any]
+        self,
+        serving: _Serving,
+        model: FM,
+        user: str,
+        candidates: Sequence[str | Candidate],
+        shared: Mapping[str, Any],
     ) -> NDArray[np.float32]:
         """float32 `(n,)`: of candidates of which some bring what is not kept."""
-        model, catalogue = serving.model, serving.catalogue
-        brought: set[str] = set()
-        for candidate in candidates:
-            if not isinstance(candidate, str):
-                brought.update(candidate.features)
+        catalogue = serving.catalogue
+        brought = set[str]().union(*[one.features for one in candidates if not isinstance(one, str)])
         known = catalogue.names if catalogue is not None else frozenset[str]()
         names = known | brought.intersection(model.schema.names)
         # where a candidate brings a field that the catalogue has not, the kept parts lack it: then none is used
-        kept = catalogue if names == known else None
+        kept = catalogue.by_fm if catalogue is not None and names == known else None
         places = np.full(len(candidates), -1, dtype=np.int64)
         if catalogue is not None and kept is not None:
             get = catalogue.places.get
             for place, one in enumerate(candidates):
                 if isinstance(one, str) or not one.features:
-                    places[place] = get(one if isinstance(one, str) else one.item, -1)
+                    places[place] = get(item_of(one), -1)
         strangers = np.flatnonzero(places < 0)
-        shown = [_impression(catalogue, user, candidates[place], shared) for place in strangers.tolist()]
+        if catalogue is None and names.isdisjoint(
+            shared
+        ):  # what is the items' own is in the candidates, and only there
+            whole = map(candidate_of, candidates)
+            shown = [Impression("", 0.0, user, one.item, one.features) for one in whole]
+        else:
+            shown = [_impression(catalogue, user, candidates[place], shared) for place in strangers.tolist()]
         batch, problems = serving.sides(names).own(shown)
         if problems:
             self._count(problems)
-        parts = ranking.parts(model, batch)  # type: ignore[arg-type]
+        parts = ranking.parts(model, batch)
         part = self._shared(serving, names, user, shared, len(candidates))
-        if kept is None or kept.parts is None:
-            return ranking.logits(model, part, parts, np.arange(len(parts)))  # type: ignore[arg-type]
+        if kept is None:
+            return ranking.logits(model, part, parts, np.arange(len(parts)))
         found = np.empty(len(candidates), dtype=np.float32)
-        found[strangers] = ranking.logits(model, part, parts, np.arange(len(parts)))  # type: ignore[arg-type]
+        found[strangers] = ranking.logits(model, part, parts, np.arange(len(parts)))
         rest = np.flatnonzero(places >= 0)
-        found[rest] = ranking.logits(model, part, kept.parts, places[rest])  # type: ignore[arg-type]
+        found[rest] = ranking.logits(model, part, kept.parts, places[rest])
         return found
 
     def retrieve(
@@ -298,24 +300,22 @@ class Scorer:
             raise ConfigError("there is no catalogue to retrieve from: call set_catalogue(candidates) first")
         if isinstance(exclude, str):
             raise ConfigError(f"exclude takes several items, got the one text {exclude!r}; pass [{exclude!r}]")
-        found = {catalogue.places[item] for item in exclude if item in catalogue.places}
-        skipped = np.array(sorted(found), dtype=np.int64)
+        skipped = catalogue.skipped(exclude)
         most = len(catalogue.items) - len(skipped)
         k = most if k is None else min(k, most)
-        shared = dict(features or {})
-        if catalogue.parts is None or type(serving.model) is not FM:
+        shared = {} if features is None else features
+        if catalogue.by_fm is None or type(serving.model) is not FM:
             scores = self._score_catalogue(serving, catalogue, user, shared)
             places = np.delete(np.arange(len(scores)), skipped)
-            order = places[np.argsort(-scores[places], kind="stable")[:k]]
-            return _best(catalogue.items, scores, order)
+            places = places[np.argsort(-scores[places], kind="stable")[:k]]
+            return paired(map(catalogue.items.__getitem__, places.tolist()), scores[places])
         part = self._shared(serving, catalogue.names, user, shared, 1)
-        places, logits = ranking.top(serving.model, part, catalogue.parts, k, skipped)
-        scores = ranking.probabilities(logits)
-        items = map(catalogue.items.__getitem__, places.tolist())
-        return list(map(Ranked._make, zip(items, scores.tolist(), strict=True)))
+        _, parts, codes = catalogue.by_fm
+        places, logits = ranking.top(serving.model, part, parts, k, skipped, codes)
+        return paired(map(catalogue.items.__getitem__, places.tolist()), ranking.probabilities(logits))
 
     def _score_catalogue(
-        self, serving: _Serving, catalogue: _Catalogue, user: str, shared: Mapping[str, Any]
+        self, serving: _Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any]
     ) -> NDArray[np.float32]:
         scores = [np.empty(0, dtype=np.float32)]
         for begin in range(0, len(catalogue.items), BLOCK):
@@ -329,70 +329,12 @@ def _check(k: int | None) -> None:
         raise ConfigError(f"k must be >= 0, got {k!r}")
 
 
-def _candidate(one: str | Candidate) -> Candidate:
-    return Candidate(one) if isinstance(one, str) else one
-
-
-def _impression(catalogue: _Catalogue | None, user: str, one: str | Candidate, shared: Mapping[str, Any]) -> Impression:
+def _impression(catalogue: Catalogue | None, user: str, one: str | Candidate, shared: Mapping[str, Any]) -> Impression:
     """What `score` would be given: shared features, on top those of the catalogue, on top the candidate's own."""
-    candidate = _candidate(one)
+    candidate = candidate_of(one)
     listed = None if catalogue is None else catalogue.candidate(candidate.item)
     if catalogue is not None and listed is not None:
         shared = {name: value for name, value in shared.items() if name not in catalogue.names}
         shared = {**shared, **listed.features}
     features = {**shared, **candidate.features} if candidate.features else shared
     return Impression(id="", time=0.0, user=user, item=candidate.item, features=features)
-
-
-def _best(items: Sequence[str], scores: NDArray[np.float32], order: NDArray[np.int64]) -> list[Ranked]:
-    return [Ranked(items[place], score) for place, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
-
-
-def _best_logits(items: Sequence[str], logits: NDArray[np.float32], k: int | None) -> list[Ranked]:
-    order = np.argsort(-logits, kind="stable")[:k]
-    scores = ranking.probabilities(logits[order]).tolist()
-    return list(map(Ranked._make, zip(map(items.__getitem__, order.tolist()), scores, strict=True)))
-
-
-def _catalogue(
-    candidates: Sequence[str | Candidate], serving: _Serving, batch: Batch | None
-) -> tuple[_Catalogue, Sequence[Problem]]:
-    """The catalogue by the version of `serving`; `batch`: as it was encoded before, if it was, by the same schema."""
-    items = [one if isinstance(one, str) else one.item for one in candidates]
-    places = {item: place for place, item in enumerate(items)}
-    if len(places) < len(items):
-        twice = next(item for place, item in enumerate(items) if places[item] != place)
-        raise ConfigError(f"the catalogue holds {twice!r} twice: give each item once, with the features of both")
-    model, problems = serving.model, list[Problem]()
-    brought: set[str] = set()
-    for one in candidates:
-        if not isinstance(one, str):
-            brought.update(one.features)
-    names = frozenset(brought.intersection(model.schema.names))
-    if type(model) is not FM:
-        return _Catalogue(candidates, items, places, names, None, None), problems
-    if batch is None:
-        own = serving.sides(names).own
-        blocks = (
-            [
-                Impression("", 0.0, "", one)
-                if isinstance(one, str)
-                else Impression("", 0.0, "", one.item, one.features)
-                for one in candidates[begin : begin + BLOCK]
-            ]
-            for begin in range(0, len(candidates), BLOCK)
-        )
-        batch, problems = encoded_in_blocks(own, blocks)
-    return _Catalogue(candidates, items, places, names, batch, ranking.parts(model, batch)), problems
-
-
-def _warm(serving: _Serving) -> None:
-    """Run all that a request runs, so that no request waits for a compiler."""
-    batch, _ = serving.encoder([Impression(id="", time=0.0, user="", item="")])
-    model = serving.model
-    model.predict(batch)
-    if type(model) is FM:
-        found = ranking.parts(model, batch)
-        none = np.empty(0, dtype=np.int64)
-        ranking.probabilities(ranking.logits(model, found[0], found, np.zeros(1, dtype=np.int64)))
-        ranking.top(model, found[0], np.repeat(found, 32, axis=0), 1, none)

@@ -2,7 +2,8 @@
 
 Arrays and tensors are safetensors entries named by their JSON pointer (RFC 6901), such as `/model/weights`, so any
 safetensors reader opens the file. All else is one MessagePack document, the entry `__document__`, in which a
-MessagePack extension stands where an array stood.
+MessagePack extension stands where an array stood. Changes of another state hold `Changed` leaves: two arrays each,
+`/model/weights/rows` and `/model/weights/values`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec.errors import DamagedError, StoreError
-from streamrec.protocols import State
+from streamrec.protocols import Changed, State
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "pack_changes", "unpack"]
 
 _DOCUMENT = "__document__"  # no pointer begins like this: they begin with a slash
 _ALIGN = 16
 
-_INT, _TEXT, _SCALAR, _ARRAY = 1, 2, 3, 4  # the extensions: written in files, so never renumbered
+_INT, _TEXT, _SCALAR, _ARRAY, _CHANGED = 1, 2, 3, 4, 5  # the extensions: written in files, so never renumbered
 
 _ATOMS = frozenset({str, bytes, float, bool, type(None)})
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # what MessagePack holds by itself
@@ -86,6 +87,16 @@ def pack(state: State) -> list[memoryview]:
     >>> unpack(np.concatenate(pack(state)))
     {'bias': 0.5, 'weights': array([0., 0., 0.], dtype=float32)}
     """
+    chunks, changed = pack_changes(state)
+    if changed:
+        raise StoreError(
+            f"cannot store {changed}, which is Changed, without the version that it changes: pass base=its number"
+        )
+    return chunks
+
+
+def pack_changes(state: State) -> tuple[list[memoryview], str | None]:
+    """As `pack`, for a state that may hold `Changed` leaves; and the path of one of them, None where it holds none."""
     if not isinstance(state, Mapping):
         raise StoreError(f"state must be a mapping, got {_type_name(state)}")
     writer = _Writer()
@@ -94,7 +105,7 @@ def pack(state: State) -> list[memoryview]:
     except UnicodeEncodeError:  # half of a surrogate pair, in some string: rare, so only then looked for in each
         writer = _Writer(half_pairs=True)
         document = msgspec.msgpack.encode(writer.plain(state, ""))
-    return writer.file(document)
+    return writer.file(document), writer.changed
 
 
 def unpack(data: NDArray[np.uint8]) -> dict[str, Any]:
@@ -116,6 +127,7 @@ class _Writer:
 
     def __init__(self, *, half_pairs: bool = False) -> None:
         self.half_pairs = half_pairs
+        self.changed: str | None = None
         self.arrays: list[tuple[str, str, tuple[int, ...], int, memoryview]] = []
 
     def plain(self, value: Any, path: str) -> Any:
@@ -133,6 +145,10 @@ class _Writer:
         if isinstance(value, np.generic) and _is_number(value.dtype):
             exact = value.astype(value.dtype.newbyteorder("<"))
             return _extension(_SCALAR, _Scalar(exact.dtype.str, exact.tobytes()))
+        if kind is Changed:
+            self.changed = path
+            parts = (self.plain(value.rows, f"{path}/rows"), self.plain(value.values, f"{path}/values"), value.length)
+            return msgspec.msgpack.Ext(_CHANGED, msgspec.msgpack.encode(parts))
         torch = sys.modules.get("torch")  # not imported by anyone: then nothing is a tensor
         if torch is not None and isinstance(value, torch.Tensor):
             return self.tensor(torch, value, path)
@@ -216,6 +232,8 @@ class _Reader:
             return int.from_bytes(data, "little", signed=True)
         if code == _TEXT:
             return bytes(data).decode("utf-8", "surrogatepass")
+        if code == _CHANGED:
+            return Changed(*msgspec.msgpack.decode(data, ext_hook=self.extension))
         raise ValueError(f"extension {code} is not known")
 
     def array(self, reference: _Reference) -> Any:

@@ -3,59 +3,52 @@
 A version is two files: `0000000007-5f0c2a91.safetensors`, the payload, and `0000000007.json`, its manifest. The
 payload is written first, and the manifest, which holds the payload's name and checksum, makes it count. What has no
 manifest is not there. A crash at any moment leaves the versions before it as they were.
+
+The payload of some versions holds only what has changed since another one, the base, which their manifest names. They
+form a chain that ends at a whole version. Nothing that a chain needs is removed, and when its changes have grown, a
+version in it is made whole: its new payload is written, and its manifest is replaced by one that names that.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError, DamagedError, StoreError
 from streamrec.protocols import State
-from streamrec.storage._pack import pack, unpack
+from streamrec.storage._chain import resolve
+from streamrec.storage._folders import Folder, folder
+from streamrec.storage._manifest import Manifest, NewerFormat, Version, decode, encode
+from streamrec.storage._pack import pack, pack_changes, unpack
 
 __all__ = ["DamagedWarning", "Shelf", "Store", "Version"]
 
 T = TypeVar("T")
 
-_FORMAT = 1  # of the files; counted up when older releases could not read what this one writes
 _TRIES = 10  # how often a reader starts again because what it was about to read has been removed
+
+# A chain is cut short when its changes weigh more than its whole version or when it has so many links: so reading takes
+# at most about twice the bytes of the whole, and writing the whole at most doubles the bytes of the changes.
+_HEAVY = 1.0
+_LINKS = 64
 
 _OURS = re.compile(r"(?P<number>\d{10,})(?P<kind>\.json|-[0-9a-f]{8}\.safetensors)(?P<temporary>\.[0-9a-f]{8}\.tmp)?")
 
 
 class DamagedWarning(UserWarning):
     """A version is not as it was written, and an older one is used in its place."""
-
-
-class Version(msgspec.Struct, frozen=True):
-    """One version in a store.
-
-    `number`: 1 for the first; later ones are greater. `created`: POSIX seconds, by the store's clock. `bytes` and
-    `sha256`: size and checksum of its payload. `info`: what was written with it.
-    """
-
-    number: int
-    created: float
-    bytes: int
-    sha256: str
-    info: Mapping[str, Any] = {}
 
 
 class Store:
@@ -85,8 +78,8 @@ class Store:
             raise ConfigError("uri must name a folder, got ''")
         if not isinstance(keep, int) or keep < 1:
             raise ConfigError(f"keep must be a whole number >= 1, got {keep!r}")
-        self.checkpoints = Shelf(_folder(self.uri, "checkpoints"), keep=keep, clock=clock)
-        self.versions = Shelf(_folder(self.uri, "versions"), keep=keep, clock=clock)
+        self.checkpoints = Shelf(folder(self.uri, "checkpoints"), keep=keep, clock=clock)
+        self.versions = Shelf(folder(self.uri, "versions"), keep=keep, clock=clock)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r}, keep={self.keep})"
@@ -107,10 +100,11 @@ class Shelf:
     (1700000000.0, {'step': 2})
     """
 
-    def __init__(self, folder: _Folder, *, keep: int, clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Folder, *, keep: int, clock: Callable[[], float]) -> None:
         self._folder = folder
         self._keep = keep
         self._clock = clock
+        self._bases: dict[int, int | None] = {}  # of versions written or looked at by this writer
 
     @property
     def uri(self) -> str:
@@ -120,33 +114,86 @@ class Shelf:
     def __repr__(self) -> str:
         return f"<Shelf {self.uri}>"
 
-    def write(self, state: State, info: Mapping[str, Any] = {}) -> Version:
+    def write(self, state: State, info: Mapping[str, Any] = {}, base: int | None = None) -> Version:
         """Write the next version, then remove those beyond `keep`. When it returns, the version is on disk.
 
-        `info`: what JSON can hold; `list` gives it without reading the state. Raises `StoreError` for a leaf of `state`
-        that cannot be held (see `State`), and where the version cannot be written: the one before stays the newest.
+        `info`: what JSON can hold; `list` gives it without reading the state. `base`: the number of a version of this
+        shelf that `state` may hold `Changed` leaves against; where it holds any, only they are written, and a version
+        that others are changes of stays for as long as they do.
+
+        Raises `StoreError` for a leaf of `state` that cannot be held (see `State`), where there is no version `base`,
+        and where the version cannot be written: the one before stays the newest.
+
+        >>> from streamrec.protocols import Changed
+        >>> shelf = Store("memory://doc/changes").checkpoints
+        >>> first = shelf.write({"step": 1, "weights": np.zeros(4)})
+        >>> changed = Changed(rows=np.array([2]), values=np.array([5.0]), length=4)
+        >>> second = shelf.write({"step": 2, "weights": changed}, base=first.number)
+        >>> second.base, shelf.read()[1]
+        (1, {'step': 2, 'weights': array([0., 0., 5., 0.])})
         """
-        chunks = pack(state)
-        size = sum(chunk.nbytes for chunk in chunks)
-        digest = hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
+        if base is None:
+            chunks = pack(state)
+        else:
+            chunks, changed = pack_changes(state)
+            base = base if changed else None  # whole after all
+        size, digest = _sum(chunks)
         token = secrets.token_hex(4)  # so that no manifest ever refers to another writer's payload
         try:
             self._folder.make()
             names = self._folder.names()
             self._clean(names)
             numbers = _numbers(names)
+            base_token = "" if base is None else self._require(base, numbers).token
             number = numbers[-1] + 1 if numbers else 1
-            payload = f"{number:010d}-{token}.safetensors"
-            manifest = _encode(Version(number, float(self._clock()), size, digest.hexdigest(), info), payload)
+            payload = _payload_name(number, token)
+            version = Version(number, float(self._clock()), size, digest, info, base)
+            manifest = encode(Manifest(version, payload, token, base_token))
             self._commit(number, payload, chunks, manifest, token)
         except StoreError:
             raise
         except OSError as error:
             raise StoreError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
-        self._prune([*numbers, number], [*names, payload])
-        return _decode(manifest)[0]
+        self._bases[number] = base
+        self._prune([*names, payload, _manifest_name(number)])
+        return decode(manifest).version
+
+    def compact(self) -> Version | None:
+        """Where changes have grown, make the version whole that the newest is changes of; None where they have not.
+
+        They have when a chain weighs more than its whole version, or has 64 links. All is done with the files, in the
+        memory of one state. The newest version stays changes, so that a reader who holds the one before needs no more
+        than those. Returns the version made whole, which keeps its number. A crash at any moment leaves it as it was,
+        or whole. Only the writer may call this. Raises `StoreError`, and `DamagedError` if the chain is damaged: then
+        write a whole version.
+        """
+        numbers = self._numbers()
+        try:
+            if not numbers or (base := self._manifest(numbers[-1]).version.base) is None:
+                return None
+            chain = self._chain(base)
+            changes, whole = chain[:-1], chain[-1].version
+            if not changes or (sum(c.version.bytes for c in changes) <= _HEAVY * whole.bytes and len(chain) < _LINKS):
+                return None
+            chunks = pack(resolve([self._payload(one) for one in reversed(chain)]))
+        except _Removed as error:
+            raise StoreError(f"{self.uri}: versions were removed by another writer; let one write at a time") from error
+        size, digest = _sum(chunks)
+        token = secrets.token_hex(4)
+        payload = _payload_name(base, token)
+        before, old = chain[0], chain[0].version
+        version = Version(base, old.created, size, digest, old.info)
+        try:
+            self._folder.write(payload, chunks, token)
+            self._folder.write(_manifest_name(base), [encode(Manifest(version, payload, before.token))], token)
+        except OSError as error:
+            with suppress(OSError):  # of the two payloads, that which the manifest does not name
+                self._clean(self._folder.names())
+            raise StoreError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
+        self._bases[base] = None
+        self._remove([before.payload])
+        self._prune(self._names())
+        return version
 
     def read(self, number: int | None = None) -> tuple[Version, dict[str, Any]] | None:
         """A version and its state; the newest good one if no number is given, None where there is nothing.
@@ -157,11 +204,23 @@ class Shelf:
         """
         if number is None:
             return self._newest(self._load)
-        if number in self._numbers():
+        for _ in range(_TRIES):
+            if number not in self._numbers():
+                break
             with suppress(_Removed):
                 return self._load(number)
         there = ", ".join(map(str, self._numbers())) or "none"
         raise StoreError(f"{self.uri} has no version {number}; it has {there}")
+
+    def changes_since(self, number: int) -> tuple[Version, Sequence[State]] | None:
+        """The newest good version as changes of version `number`, oldest first; None where it is not made of it.
+
+        For a reader who holds that version: the states hold `Changed` leaves against the one before, and are a small
+        part of what `read` reads. None where `read` is needed: the newest is whole, or the changes of another version,
+        or `number` itself, and so none. Warns and raises as `read` does.
+        """
+        found = self._newest(lambda newest: self._load_since(newest, number))
+        return None if found is None or not found[1] else found
 
     def list(self) -> Sequence[Version]:
         """The versions there are, newest last. Payloads are not looked at; a damaged manifest is warned of."""
@@ -169,7 +228,7 @@ class Shelf:
         damaged = []
         for number in self._numbers():
             try:
-                versions.append(self._manifest(number)[0])
+                versions.append(self._manifest(number).version)
             except DamagedError as error:
                 damaged.append(error)
             except _Removed:
@@ -182,7 +241,7 @@ class Shelf:
 
         Cheap: it lists the folder and reads one manifest. Whether the payload is good, only `read` can tell.
         """
-        return self._newest(lambda number: self._manifest(number)[0])
+        return self._newest(lambda number: self._manifest(number).version)
 
     def _newest(self, load: Callable[[int], T]) -> T | None:
         for _ in range(_TRIES):
@@ -205,8 +264,11 @@ class Shelf:
         raise StoreError(f"{self.uri}: versions were removed while they were read, {_TRIES} times over; raise `keep`")
 
     def _numbers(self) -> Sequence[int]:
+        return _numbers(self._names())
+
+    def _names(self) -> Sequence[str]:
         try:
-            return _numbers(self._folder.names())
+            return self._folder.names()
         except OSError as error:
             raise StoreError(f"cannot list {self.uri}: {error}") from error
 
@@ -218,8 +280,15 @@ class Shelf:
         except OSError as error:  # not damage: it may pass, and an older version would be the wrong answer
             raise StoreError(f"cannot read {self.uri}/{name}: {error}") from error
 
-    def _manifest(self, number: int) -> tuple[Version, str]:
-        """A version and the name of its payload."""
+    def _require(self, base: int, numbers: Sequence[int]) -> Manifest:
+        """The manifest of a version that another is to be changes of."""
+        if base in numbers:
+            with suppress(_Removed):
+                return self._manifest(base)
+        there = ", ".join(map(str, numbers)) or "none"
+        raise StoreError(f"{self.uri} has no version {base} to write changes of; it has {there}; write the whole state")
+
+    def _manifest(self, number: int) -> Manifest:
         name = _manifest_name(number)
         where = f"{self.uri}/{name}"
         try:
@@ -227,22 +296,56 @@ class Shelf:
         except FileNotFoundError as error:
             raise _Removed from error
         try:
-            version, payload = _decode(data)
+            manifest = decode(data)
         except (LookupError, TypeError, ValueError) as error:
             raise DamagedError(f"{where} is damaged: {error}") from error
-        except _NewerFormat as error:  # whole, so not to be passed over
+        except NewerFormat as error:  # whole, so not to be passed over
             raise StoreError(f"{where} has {error}: upgrade streamrec") from error
+        version = manifest.version
         if version.number != number:
             raise DamagedError(f"{where} is damaged: it is the manifest of version {version.number}")
-        return version, payload
+        if version.base is not None and not version.base < number:
+            raise DamagedError(f"{where} is damaged: it builds on version {version.base}")
+        return manifest
+
+    def _chain(self, number: int, until: int | None = None) -> Sequence[Manifest]:
+        """The manifests of a version and of those it is changes of: the last is whole, or changes of `until`."""
+        chain = [self._manifest(number)]
+        while (base := chain[-1].version.base) is not None and base != until:
+            try:
+                below = self._manifest(base)
+            except _Removed as error:
+                above = chain[-1]  # made whole or removed meanwhile, if this is the writer's doing
+                if self._manifest(above.version.number).payload != above.payload:
+                    raise
+                raise DamagedError(f"version {number} of {self.uri} needs version {base}, which is missing") from error
+            if below.token != chain[-1].base_token:
+                raise DamagedError(f"version {number} of {self.uri} needs a version {base} that was another one")
+            chain.append(below)
+        return chain
 
     def _load(self, number: int) -> tuple[Version, dict[str, Any]]:
-        version, payload = self._manifest(number)
-        where = f"{self.uri}/{payload}"
+        chain = self._chain(number)
+        states = [self._payload(manifest) for manifest in chain]
         try:
-            data = self._bytes(payload)
+            return chain[0].version, states[0] if len(states) == 1 else resolve(states[::-1])
+        except DamagedError as error:
+            raise DamagedError(f"version {number} of {self.uri} is damaged: {error}") from error
+
+    def _load_since(self, number: int, held: int) -> tuple[Version, Sequence[State]]:
+        chain = [] if number <= held else self._chain(number, until=held)
+        if not chain or chain[-1].version.base is None:
+            return self._manifest(number).version, []
+        return chain[0].version, [self._payload(manifest) for manifest in reversed(chain)]
+
+    def _payload(self, manifest: Manifest) -> dict[str, Any]:
+        """What the payload of a version holds: a state or changes."""
+        version = manifest.version
+        where = f"{self.uri}/{manifest.payload}"
+        try:
+            data = self._bytes(manifest.payload)
         except FileNotFoundError as error:
-            if not self._folder.exists(_manifest_name(number)):  # manifests are removed before payloads
+            if self._manifest(version.number).payload != manifest.payload:  # removed, with or without a new one
                 raise _Removed from error
             raise DamagedError(f"{where} is missing") from error
         if data.size != version.bytes:
@@ -251,7 +354,7 @@ class Shelf:
         if digest != version.sha256:
             raise DamagedError(f"{where} is damaged: its sha256 is {digest}, not {version.sha256}")
         try:
-            return version, unpack(data)
+            return unpack(data)
         except DamagedError as error:
             raise DamagedError(f"{where} is damaged: {error}") from error
 
@@ -276,7 +379,7 @@ class Shelf:
                 leftovers += rivals
             elif len(rivals) > 1:
                 with suppress(DamagedError, _Removed):  # not known which one is meant: then all stay
-                    meant = self._manifest(number)[1]
+                    meant = self._manifest(number).payload
                     leftovers += [name for name in rivals if name != meant]
         self._remove(leftovers)
 
@@ -295,10 +398,36 @@ class Shelf:
                     self._folder.remove(payload)
             raise
 
-    def _prune(self, numbers: Sequence[int], names: Sequence[str]) -> None:
-        for number in numbers[: -self._keep]:
-            if self._remove([_manifest_name(number)]):  # first: nobody shall see a version without its payload
+    def _prune(self, names: Sequence[str]) -> None:
+        """Remove the versions beyond `keep` that no other is made of, the newest of them first.
+
+        Where `keep` > 1, the whole version before the one that the newest is made of stays too: so that no one damaged
+        file takes all there is.
+        """
+        numbers = _numbers(names)
+        try:
+            bases = {number: self._base(number) for number in numbers}
+        except StoreError as error:
+            warnings.warn(f"{error}: old versions stay until the next write", RuntimeWarning, stacklevel=3)
+            return
+        whole = [number for number in numbers if bases[number] is None]
+        needed = {*numbers[-self._keep :], *whole[-min(self._keep, 2) :]}
+        for number in reversed(numbers):  # what is made of others goes before them
+            gone = number not in needed and self._remove(
+                [_manifest_name(number)]  # first: nobody shall see a version without its payload
+            )
+            if gone:
+                self._bases.pop(number, None)
                 self._remove([name for name in names if name.startswith(f"{number:010d}-")])
+            elif (base := bases[number]) is not None:
+                needed.add(base)
+
+    def _base(self, number: int) -> int | None:
+        """What a version is changes of; None of a damaged one, too. Only the writer, who changes it, may remember."""
+        if number not in self._bases:
+            with suppress(DamagedError, _Removed):
+                self._bases[number] = self._manifest(number).version.base
+        return self._bases.get(number)
 
     def _remove(self, names: Sequence[str]) -> bool:
         failed = []
@@ -318,189 +447,26 @@ class _Removed(Exception):
     """What was listed a moment ago has been removed by the writer since."""
 
 
-class _NewerFormat(Exception):
-    """A manifest that a newer release has written."""
-
-
-class _Folder(Protocol):
-    """Where files are. Failures are `OSError`s."""
-
-    uri: str
-
-    def make(self) -> None:
-        """Make it, if it is not there."""
-        ...
-
-    def names(self) -> list[str]:
-        """What is in it; nothing if it is not there."""
-        ...
-
-    def exists(self, name: str) -> bool: ...
-
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """A file's bytes, fresh and writable."""
-        ...
-
-    def write(self, name: str, chunks: Sequence[bytes | memoryview], token: str) -> None:
-        """Write a file so that it is whole and safe from a power cut, or not there. `token`: this writer's own."""
-        ...
-
-    def remove(self, name: str) -> None: ...
-
-
-class _LocalFolder:
-    """A directory."""
-
-    def __init__(self, path: str) -> None:
-        self.uri = self.path = path
-
-    def make(self) -> None:
-        missing = []
-        path = self.path
-        while not os.path.lexists(path) and path != os.path.dirname(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        os.makedirs(self.path, exist_ok=True)
-        for path in missing:
-            _sync_directory(os.path.dirname(path))
-
-    def names(self) -> list[str]:
-        try:
-            return os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-
-    def exists(self, name: str) -> bool:
-        return os.path.lexists(os.path.join(self.path, name))
-
-    def read(self, name: str) -> NDArray[np.uint8]:
-        with open(os.path.join(self.path, name), "rb") as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
-            return data[: file.readinto(data.data)]
-
-    def write(self, name: str, chunks: Sequence[bytes | memoryview], token: str) -> None:
-        target = os.path.join(self.path, name)
-        temporary = f"{target}.{token}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
-        _sync_directory(self.path)
-
-    def remove(self, name: str) -> None:
-        os.remove(os.path.join(self.path, name))
-
-
-class _RemoteFolder:
-    """A prefix of an object store, or what else fsspec knows. On an object store a put is whole or not at all."""
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self.fs = fs
-        self.path = path
-        self.uri = str(fs.unstrip_protocol(path))
-
-    def make(self) -> None:
-        with suppress(OSError), _os_errors():  # not all have folders, or let one make them: the next write will tell
-            self.fs.makedirs(self.path, exist_ok=True)
-
-    def names(self) -> list[str]:
-        with _os_errors():
-            self.fs.invalidate_cache(self.path)  # others write here too
-            try:
-                return [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.path, detail=False)]
-            except FileNotFoundError:
-                return []
-
-    def exists(self, name: str) -> bool:
-        return name in self.names()
-
-    def read(self, name: str) -> NDArray[np.uint8]:
-        with _os_errors():
-            content: bytes = self.fs.cat_file(f"{self.path}/{name}")
-        return np.array(np.frombuffer(content, dtype=np.uint8))  # a copy, to write to
-
-    def write(self, name: str, chunks: Sequence[bytes | memoryview], token: str) -> None:
-        with _os_errors():
-            self.fs.pipe_file(f"{self.path}/{name}", b"".join(chunks))
-
-    def remove(self, name: str) -> None:
-        with _os_errors():
-            self.fs.rm_file(f"{self.path}/{name}")
-
-
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """What goes wrong within is an `OSError`: some file systems raise errors of their own."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def _folder(uri: str, name: str) -> _Folder:
-    try:
-        fs, path = url_to_fs(uri)
-    except ValueError as error:
-        raise ConfigError(f"uri must be a path or an fsspec URI, got {uri!r}: {error}") from error
-    path = path.rstrip("/") + "/" + name
-    return _LocalFolder(os.path.abspath(path)) if isinstance(fs, LocalFileSystem) else _RemoteFolder(fs, path)
-
-
-def _sync_directory(path: str) -> None:
-    if os.name != "posix":  # elsewhere directories cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _manifest_name(number: int) -> str:
     return f"{number:010d}.json"
+
+
+def _payload_name(number: int, token: str) -> str:
+    return f"{number:010d}-{token}.safetensors"
+
+
+def _sum(chunks: Sequence[memoryview]) -> tuple[int, str]:
+    """How many bytes, and their sha256."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return sum(chunk.nbytes for chunk in chunks), digest.hexdigest()
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
     """The numbers of the manifests among these files, ascending."""
     matches = [_OURS.fullmatch(name) for name in names]
     return sorted(int(match["number"]) for match in matches if match and match.group() == match["number"] + ".json")
-
-
-def _seal(body: bytes) -> bytes:
-    """A manifest's last member, which is the checksum of all before it."""
-    return b',"checksum":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
-
-
-_SEAL_BYTES = len(_seal(b""))
-
-
-def _encode(version: Version, payload: str) -> bytes:
-    try:
-        fields = {"format": _FORMAT, **msgspec.structs.asdict(version), "info": dict(version.info), "payload": payload}
-        body = json.dumps(fields, separators=(",", ":"))[:-1].encode()  # json, not msgspec: it keeps nan
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"info must be a mapping that JSON can hold: {error}") from error
-    return body + _seal(body)
-
-
-def _decode(data: bytes) -> tuple[Version, str]:
-    """A version and the name of its payload, from its manifest. Raises `ValueError` and the like for what is none."""
-    body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
-    if seal != _seal(body):
-        raise ValueError("its checksum does not match")
-    fields = json.loads(body + b"}")
-    if fields["format"] != _FORMAT:
-        raise _NewerFormat(f"format {fields['format']}, and this release reads {_FORMAT}")
-    return msgspec.convert(fields, Version), str(fields["payload"])
 
 
 def _warn(damaged: Sequence[DamagedError], instead: str, *, stacklevel: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ __all__ = ["check_model"]
 
 _MAX_CUTS = 20
 _REPEATS = 20
-_COLUMNS = ("ids", "values", "fields", "starts", "ends", "text_refs")
+_COLUMNS = ("ids", "values", "fields", "starts", "ends", "text_refs", "times")
 
 
 def check_model(make: Callable[[], Model], batch: Batch, labels: ArrayLike) -> None:
@@ -132,7 +133,7 @@ def _check_reading(make: Callable[[], Model], batch: Batch, labels: NDArray[np.f
     _same(learned, single, "predicting row by row: the probabilities")
     backwards = np.arange(len(batch))[::-1].copy()
     _same(learned[backwards], _predict(model, batch.take(backwards), "backwards"), "predicting the rows backwards")
-    unseen = Batch(~batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.texts, batch.text_refs)
+    unseen = replace(batch, ids=~batch.ids)
     _predict(model, unseen, "ids that were never seen")
     _predict(_learned(model, unseen, labels), unseen, "ids that were never seen, now learned")
 

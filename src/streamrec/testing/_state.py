@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from streamrec.protocols import Changed
+
 __all__ = ["check_state_is_plain", "copy_state", "first_difference", "same_state"]
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
@@ -63,6 +65,8 @@ def first_difference(a: object, b: object, where: str = "state") -> str | None:
             if found is not None:
                 return found
         return None
+    if isinstance(a, Changed) and isinstance(b, Changed):
+        return first_difference(vars(a), vars(b), where)
     if _bits(a) == _bits(b):
         return None
     return f"{where} is {_short(a)} in one and {_short(b)} in the other"
@@ -78,6 +82,8 @@ def copy_state(state: Any) -> Any:
         return state.copy()
     if _is_tensor(state):
         return state.detach().clone()
+    if isinstance(state, Changed):
+        return Changed(state.rows.copy(), copy_state(state.values), state.length)
     return state
 
 
@@ -98,6 +104,8 @@ def _check_plain(value: object, where: str) -> None:
     elif type(value) is int:
         if not -(2**63) <= value < 2**64:
             raise AssertionError(f"{where} is {value}, which does not fit in 64 bits; keep it as a string or an array")
+    elif isinstance(value, Changed):
+        _check_plain(vars(value), where)
     elif type(value) not in _SCALARS and not _is_tensor(value):
         name = type(value).__name__
         if isinstance(value, np.generic):
