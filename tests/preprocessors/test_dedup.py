@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamrec.errors import ConfigError
@@ -49,6 +49,7 @@ events = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(events, max_size=40), st.integers(1, 20), st.integers(1, 8))
 def test_dedup_is_the_walk_through_a_list(stream: list[Event], ttl: float, capacity: int) -> None:
     dedup = Dedup(ttl=ttl, capacity=capacity)
@@ -59,6 +60,7 @@ def test_dedup_is_the_walk_through_a_list(stream: list[Event], ttl: float, capac
     assert len(whole) <= capacity
 
 
+@settings(deadline=None)
 @given(st.lists(events, min_size=2, max_size=15), st.integers(1, 20), st.integers(1, 5))
 def test_dedup_keeps_the_contract_of_stages(stream: list[Event], ttl: float, capacity: int) -> None:
     check_stage(lambda: Dedup(ttl=ttl, capacity=capacity), stream)

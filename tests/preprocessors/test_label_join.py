@@ -187,6 +187,7 @@ def labels_of(labeled: Iterable[Labeled]) -> dict[tuple[str, str], float]:
 
 
 @given(bounded_streams())
+@settings(deadline=None)
 def test_labels_are_those_of_the_whole_stream_in_any_order_within_the_lateness(case: Any) -> None:
     events, config = case
     join = LabelJoin(**config)
@@ -197,6 +198,7 @@ def test_labels_are_those_of_the_whole_stream_in_any_order_within_the_lateness(c
 
 
 @given(streams())
+@settings(deadline=None)
 def test_every_closing_and_every_count_is_the_oracles_in_any_order_at_all(case: Any) -> None:
     events, config = case
     oracle = Oracle(events, **config)
@@ -223,6 +225,7 @@ def test_every_closing_and_every_count_is_the_oracles_in_any_order_at_all(case: 
 
 
 @given(streams(), st.integers(1, 4))
+@settings(deadline=None)
 def test_each_payload_comes_back_last_exactly_once_and_never_after(case: Any, capacity: int) -> None:
     events, config = case
     join = LabelJoin(**config, capacity=capacity)
@@ -245,6 +248,7 @@ def test_each_payload_comes_back_last_exactly_once_and_never_after(case: Any, ca
 
 
 @given(streams(), st.integers(1, 4))
+@settings(deadline=None)
 def test_past_the_capacity_the_one_that_closes_first_goes_without_a_label(case: Any, capacity: int) -> None:
     events, config = case
     join = LabelJoin(**config, capacity=capacity)
@@ -268,6 +272,7 @@ def test_past_the_capacity_the_one_that_closes_first_goes_without_a_label(case: 
 
 
 @given(streams(), st.lists(st.integers(0, 30), max_size=5))
+@settings(deadline=None)
 def test_micro_batches_have_no_meaning(case: Any, cuts: list[int]) -> None:
     events, config = case
     whole, parts = LabelJoin(**config), LabelJoin(**config)
@@ -278,7 +283,7 @@ def test_micro_batches_have_no_meaning(case: Any, cuts: list[int]) -> None:
 
 
 @given(streams(most=15), st.integers(1, 5), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_resumed_run_equals_an_uninterrupted_one_at_every_cut(case: Any, capacity: int, slots: bool) -> None:
     events, config = case
 
@@ -442,7 +447,7 @@ def test_feedback_that_found_its_impression_leaves_nothing_behind() -> None:
     join = LabelJoin(windows={"click": 10.0}, lateness=100.0, capacity=10)
     for n in range(1_000):  # event time stands still: nothing expires
         join.push([click(f"i{n}", 5.0), impression(f"i{n}", 5.0)])
-    assert len(join._expiring) < 100
+    assert not len(join.state_dict()["early"]["kinds"]) and len(join._expiring) <= 1024
     assert nonzero(join.counts) == {"evicted_impression": 990}
 
 

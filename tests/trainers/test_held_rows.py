@@ -102,7 +102,7 @@ def test_memory_follows_what_is_held(longest: int) -> None:
     waiting: list[int] = []
     for n in range(400):
         rows = [(row[0], row[1], row[2], [f"{n}-{k}"]) for k in range(50) if (row := random_row(rng, 1, longest))]
-        waiting += held.add(batch_of(rows, 1), [float(n)] * len(rows))
+        waiting += held.add(batch_of(rows, 1), [float(n)] * len(rows)).tolist()
         gone, waiting = waiting[:-200], waiting[-200:]
         held.free(gone)
     assert len(held) == 200
@@ -133,5 +133,5 @@ def test_freed_slots_are_used_again() -> None:
     held = HeldRows()
     first = held.add(batch_of([([1], [1.0], [0], [])] * 3, 0), [0.0] * 3)
     held.free([first[1]])
-    assert held.add(batch_of([([2], [1.0], [0], [])], 0), [3.0]) == [first[1]]
+    assert held.add(batch_of([([2], [1.0], [0], [])], 0), [3.0]).tolist() == [first[1]]
     assert held.batch.ids[held.batch.starts[first]].tolist() == [1, 2, 1]

@@ -461,7 +461,7 @@ def test_the_same_trainer_goes_on_where_its_source_stands(make_trainer: Any) -> 
 
 def test_checkpoints_come_every_so_many_events_and_at_the_end() -> None:
     store = sr.Store("memory://test-online/every", keep=100)
-    trainer = small(store=store, batch_size=10, checkpoint_every=25, clock=Clock())
+    trainer = small(store=store, batch_size=10, checkpoint_every=25, background=False, clock=Clock())
     report = trainer.run(sr.Memory([labeled(n) for n in range(95)]))
     assert [store.checkpoints.read(n)[1]["counts"]["events"] for n in range(1, 5)] == [30, 60, 90, 95]
     assert [version.info["events"] for version in store.versions.list()] == [30, 60, 90, 95]
@@ -479,7 +479,7 @@ def test_checkpoints_come_every_so_many_seconds() -> None:
             return super().read(limit)
 
     store = sr.Store("memory://test-online/seconds", keep=100)
-    trainer = small(store=store, batch_size=10, checkpoint_seconds=30.0, clock=clock)
+    trainer = small(store=store, batch_size=10, checkpoint_seconds=30.0, background=False, clock=clock)
     report = trainer.run(Ticking([labeled(n) for n in range(100)]))
     assert [version.info["events"] for version in store.versions.list()] == [30, 60, 90, 100]
     assert report.seconds == 110.0  # ten reads, and one that finds nothing
@@ -702,7 +702,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(
     whole = make_trainer()
     whole.push(stream)
     store = sr.Store(tmp_path / "store")
-    make_trainer(store=store, checkpoint_every=100).run(sr.Memory(stream), limit=350)
+    make_trainer(store=store, checkpoint_every=100, background=False).run(sr.Memory(stream), limit=350)
     newest = store.checkpoints.list()[-1].number
     (payload,) = (tmp_path / "store" / "checkpoints").glob(f"{newest:010d}-*")
     manifest = tmp_path / "store" / "checkpoints" / f"{newest:010d}.json"

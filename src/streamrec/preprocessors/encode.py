@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from streamrec._compile import compiled
 from streamrec.batch import Batch
 from streamrec.events import Impression
-from streamrec.preprocessors.hashing import hash_bytes, joined, xxh64
+from streamrec.preprocessors.hashing import end_of, hash_bytes, packed, xxh64
 from streamrec.schema import Field, Id, Ids, Number, Schema, Text
 
 NoneType = type(None)
@@ -28,6 +29,15 @@ __all__ = ["Encoded", "Encoder", "Problem", "encode"]
 
 # A lone surrogate, which no text holds; its bytes, ed b3 bf, are in no UTF-8: "unknown" cannot be somebody's value.
 UNKNOWN = "\udcff"
+
+_OWN = ("user", "item")  # read from the impression itself
+_PLAIN_NUMBERS = {float, int, NoneType}
+_NO_NUMBERS = np.empty((0, 1), dtype=np.float64)
+_NO_LENGTHS = np.empty((0, 1), dtype=np.int64)
+_NO_REFS = np.zeros((0, 0), dtype=np.int32)
+
+
+_Reader = Callable[[Sequence[Impression], Sequence[Mapping[str, Any]]], Sequence[Any]]
 
 
 class Problem(NamedTuple):
@@ -68,52 +78,139 @@ class Encoder:
         self._texts = [(f, _column(f)) for f in schema if isinstance(f, Text)]
         single = [f for f in schema if isinstance(f, (Id, Number))]
         offsets = {f.name: offset for offset, f in enumerate(single)}
-
-        def seeds_of(fields: Sequence[tuple[Field, Any]]) -> NDArray[np.uint64]:
-            return np.array([seeds[f.name] for f, _ in fields], dtype=np.uint64)
-
-        def places_of(fields: Sequence[tuple[Field, Any]]) -> NDArray[np.int32]:
-            return np.array([places[f.name] for f, _ in fields], dtype=np.int32)
-
-        def offsets_of(fields: Sequence[tuple[Field, Any]]) -> NDArray[np.int64]:
-            return np.array([offsets[f.name] for f, _ in fields], dtype=np.int64)
-
         numbers = [f for f, _ in self._numbers]
+        ids = [f for f, _ in self._columns]
+        lists = [f for f, _ in self._lists]
+        own: list[Any] = [*numbers, *lists]
+        named: list[Any] = [*ids, *own]
+        # uint64 (ids, 3), (numbers, 5), (lists, 2) and float64 (numbers,): what `_assemble` has to know of each field
         self._plan = (
-            *(seeds_of(self._columns), places_of(self._columns), offsets_of(self._columns)),
-            *(len(schema), places_of(self._numbers), offsets_of(self._numbers)),
-            *(_ids_of_numbers(b"", numbers, seeds), _ids_of_numbers(b"\xff", numbers, seeds)),
-            *(np.array([f.log for f in numbers], dtype=np.bool_), np.array([f.scale for f in numbers], dtype=float)),
-            *(seeds_of(self._lists), places_of(self._lists)),
+            _table([(seeds[f.name], places[f.name], offsets[f.name]) for f in ids], 3),
+            _table(
+                [
+                    *(
+                        (
+                            *(places[f.name], offsets[f.name], hash_bytes(b"", seeds[f.name])),
+                            *(hash_bytes(b"\xff", seeds[f.name]), f.log),
+                        )
+                        for f in numbers
+                    )
+                ],
+                5,
+            ),
+            np.array([f.scale for f in numbers], dtype=np.float64),
+            _table([(seeds[f.name], places[f.name]) for f in lists], 2),
+            len(schema),
         )
+        self._single = len(single)
+        # for one row: those read from the impression, then by name the features of ids, numbers and lists
+        self._own = [(place, f.name == "user") for place, f in enumerate(ids) if f.name in _OWN]
+        self._names = [f.name for f in named if f.name not in _OWN]
+        self._pick = itemgetter(*self._names) if len(self._names) > 1 else None
+        self._ends = (len(ids) - len(self._own), len(ids) - len(self._own) + len(numbers))
+        self._limits = [f.limit for f in lists]
+        self._simple = not self._texts and not any(f.name in _OWN for f in own)
 
     def __call__(self, impressions: Sequence[Impression]) -> Encoded:
         """Encode these impressions, a row each, in their order."""
+        if self._simple and len(impressions) == 1:
+            encoded = self._one(impressions[0])
+            if encoded is not None:
+                return encoded
         problems: list[Problem] = []
         count = len(impressions)
         features = [shown.features for shown in impressions]
         strings: list[str] = []
-        for field, column in self._columns:
-            strings += _strings(column(impressions, features), field.name, problems)
+        columns = self._read_columns(impressions, features)
+        for field, _ in self._columns:
+            strings += _strings(next(columns), field.name, problems)
         numbers = np.empty((len(self._numbers), count))
-        for place, (number, column) in enumerate(self._numbers):
-            numbers[place] = _floats(column(impressions, features), number.name, problems)
+        for place, (number, _) in enumerate(self._numbers):
+            numbers[place] = _floats(next(columns), number.name, problems)
         lengths = np.empty((len(self._lists), count), dtype=np.int64)
         uneven: list[tuple[int, int, list[float]]] = []  # list, row and weights, where those are not all 1/n
-        for place, (several, column) in enumerate(self._lists):
-            lengths[place], rows = _flatten(column(impressions, features), several, strings, problems)
+        for place, (several, _) in enumerate(self._lists):
+            lengths[place], rows = _flatten(next(columns), several, strings, problems)
             uneven += [(place, row, weights) for row, weights in rows]
-        data, cuts = joined(strings)
-        assembled = _assemble(count, data, cuts, numbers, lengths, *self._plan)
-        ids, values, fields, starts, ends = assembled
+        entries = count * self._single + int(lengths.sum())
+        ids, values, fields, starts, ends = self._assembled(count, entries, strings, numbers, lengths)
         for place, row, weights in uneven:
             behind = int(ends[row] - lengths[place:, row].sum())
             values[behind : behind + len(weights)] = weights
         times = np.array([shown.time for shown in impressions], dtype=np.float64)
         if not self._texts:
-            return Encoded(Batch(ids, values, fields, starts, ends, times=times), problems)
+            return Encoded(Batch(ids, values, fields, starts, ends, (), _NO_REFS, times), problems)
         texts, refs = self._read_texts(impressions, features, problems)
         return Encoded(Batch(ids, values, fields, starts, ends, texts, refs, times), problems)
+
+    def _read_columns(
+        self, impressions: Sequence[Impression], features: Sequence[Mapping[str, Any]]
+    ) -> Iterator[Sequence[Any]]:
+        """The values of the ids, the numbers and the lists, field after field."""
+        fields: list[tuple[Any, _Reader]] = [*self._columns, *self._numbers, *self._lists]
+        if self._pick is not None:
+            try:  # all features of a row in one call
+                found = zip(*map(self._pick, features), strict=True)
+                columns = [None if f.name in _OWN else next(found, ()) for f, _ in fields]
+            except KeyError:  # one is missing somewhere
+                pass
+            else:
+                return (
+                    read(impressions, features) if column is None else column
+                    for column, (_, read) in zip(columns, fields, strict=True)
+                )
+        return (read(impressions, features) for _, read in fields)
+
+    def _one(self, shown: Impression) -> Encoded | None:
+        """One row, where all its values are of the usual types; None where not. numpy is slow with single values."""
+        found = list(map(shown.features.get, self._names))
+        ids, floats = self._ends
+        strings: list[Any] = found[:ids]
+        for place, user in self._own:
+            strings.insert(place, shown.user if user else shown.item)
+        if None in strings:
+            strings = [UNKNOWN if value is None else value for value in strings]
+        entries = self._single
+        numbers, lengths = _NO_NUMBERS, _NO_LENGTHS
+        try:
+            if floats > ids:
+                known = found[ids:floats]
+                numbers = np.array(known, dtype=np.float64)  # None: nan
+                finite = int(np.count_nonzero(np.isfinite(numbers)))
+                if not {*map(type, known)} <= _PLAIN_NUMBERS or finite + known.count(None) < len(known):
+                    return None
+                numbers.shape = (floats - ids, 1)
+            if self._limits:
+                counts = []
+                for several, limit in zip(found[floats:], self._limits, strict=True):
+                    if several is None:
+                        counts.append(0)
+                        continue
+                    size = len(several)
+                    if type(several) is not list or size > limit or len({*several}) < size:
+                        return None
+                    strings += several
+                    counts.append(size)
+                    entries += size
+                lengths = np.array(counts, dtype=np.int64)
+                lengths.shape = (len(counts), 1)
+            columns = self._assembled(1, entries, strings, numbers, lengths)
+        except (TypeError, ValueError, OverflowError):  # a value of another type: the careful way finds which
+            return None
+        times = np.array([shown.time], dtype=np.float64)
+        return Encoded(Batch(*columns, (), _NO_REFS, times), [])
+
+    def _assembled(
+        self, rows: int, entries: int, strings: Sequence[str], numbers: NDArray[np.float64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """The columns of a batch. Raises `TypeError` where a string is none."""
+        data, cuts = packed(strings)
+        columns = (
+            *(np.empty(entries, dtype=np.int64), np.empty(entries, dtype=np.float32)),
+            *(np.empty(entries, dtype=np.int32), np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)),
+        )
+        _assemble(data, cuts, numbers, lengths, *self._plan, *columns)
+        return columns
 
     def _read_texts(
         self, impressions: Sequence[Impression], features: Sequence[Mapping[str, Any]], problems: list[Problem]
@@ -144,8 +241,8 @@ def _column(field: Field) -> Callable[[Sequence[Impression], Sequence[Mapping[st
     return lambda _, features: [known.get(name) for known in features]
 
 
-def _ids_of_numbers(value: bytes, fields: Sequence[Number], seeds: Mapping[str, int]) -> NDArray[np.int64]:
-    return np.array([hash_bytes(value, seeds[f.name]) for f in fields], dtype=np.uint64).view(np.int64)
+def _table(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.uint64]:
+    return np.array(rows, dtype=np.uint64).reshape(len(rows), width)
 
 
 def _short(value: object) -> str:
@@ -168,11 +265,11 @@ def _string(value: object) -> str | None:
         return None
 
 
-def _strings(column: list[Any], name: str, problems: list[Problem]) -> list[str]:
+def _strings(column: Sequence[Any], name: str, problems: list[Problem]) -> Sequence[str]:
     """The texts of a column of single ids, unknown ones marked."""
     if set(map(type, column)) <= {str}:
         return column
-    strings = []
+    strings: list[str] = []
     for row, value in enumerate(column):
         text = UNKNOWN if value is None else _string(value)
         if text is None:
@@ -182,7 +279,7 @@ def _strings(column: list[Any], name: str, problems: list[Problem]) -> list[str]
     return strings
 
 
-def _floats(column: list[Any], name: str, problems: list[Problem]) -> NDArray[np.float64]:
+def _floats(column: Sequence[Any], name: str, problems: list[Problem]) -> NDArray[np.float64]:
     """The numbers of a column, nan where unknown."""
     if set(map(type, column)) <= {float, int}:
         try:
@@ -207,7 +304,7 @@ def _floats(column: list[Any], name: str, problems: list[Problem]) -> NDArray[np
 
 
 def _flatten(
-    column: list[Any], field: Ids, strings: list[str], problems: list[Problem]
+    column: Sequence[Any], field: Ids, strings: list[str], problems: list[Problem]
 ) -> tuple[list[int], list[tuple[int, list[float]]]]:
     """Append a column's values to `strings`; return how many each row has, and the weights where they are not 1/n."""
     if set(map(type, column)) <= {list, NoneType}:  # nearly always
@@ -260,70 +357,66 @@ def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[s
 
 @compiled()
 def _assemble(
-    rows: int,
     data: Any,
     cuts: Any,
     numbers: Any,
     counts: Any,
-    column_seeds: Any,
-    column_fields: Any,
-    column_offsets: Any,
-    field_count: int,
-    number_fields: Any,
-    number_offsets: Any,
-    number_ids: Any,
-    unknown_ids: Any,
-    logs: Any,
+    columns: Any,
+    number_columns: Any,
     scales: Any,
-    list_seeds: Any,
-    list_fields: Any,
-) -> Any:
-    """The columns of a batch, row after row, from the texts and numbers, field after field."""
-    single = len(column_seeds) + len(number_fields)
-    starts = np.empty(rows, dtype=np.int64)
-    ends = np.empty(rows, dtype=np.int64)
+    lists: Any,
+    field_count: int,
+    ids: Any,
+    values: Any,
+    fields: Any,
+    starts: Any,
+    ends: Any,
+) -> None:
+    """Fill the columns of a batch, row after row, from the texts and numbers, field after field."""
+    rows = len(starts)
+    single = len(columns) + len(number_columns)
     at = 0
     for row in range(rows):
         starts[row] = at
         at += single
-        for k in range(len(list_seeds)):
+        for k in range(len(lists)):
             at += counts[k, row]
         ends[row] = at
-    ids = np.empty(at, dtype=np.int64)
-    values = np.empty(at, dtype=np.float32)
-    fields = np.empty(at, dtype=np.int32)
     text = 0
     begin = 0
-    for k in range(len(column_seeds)):
+    for k in range(len(columns)):
         for row in range(rows):
-            entry = starts[row] + column_offsets[k]
-            ids[entry] = np.int64(xxh64(data, begin, cuts[text], column_seeds[k]))
+            entry = starts[row] + np.int64(columns[k, 2])
+            end = end_of(data, begin, cuts, text)
+            ids[entry] = np.int64(xxh64(data, begin, end, columns[k, 0]))
             values[entry] = 1.0
-            fields[entry] = column_fields[k]
-            begin = cuts[text] + 1
+            fields[entry] = columns[k, 1]
+            begin = end + 1
             text += 1
-    for k in range(len(number_fields)):
+    for k in range(len(number_columns)):
         for row in range(rows):
-            entry = starts[row] + number_offsets[k]
+            entry = starts[row] + np.int64(number_columns[k, 1])
             x = numbers[k, row]
-            fields[entry] = number_fields[k]
+            fields[entry] = number_columns[k, 0]
             if math.isnan(x):
                 fields[entry] += field_count
-                ids[entry] = unknown_ids[k]
+                ids[entry] = np.int64(number_columns[k, 3])
                 values[entry] = 1.0
             else:
-                if logs[k]:
+                if number_columns[k, 4]:
                     x = math.copysign(math.log1p(abs(x)), x)
-                ids[entry] = number_ids[k]
+                ids[entry] = np.int64(number_columns[k, 2])
                 values[entry] = min(max(x / scales[k], -1e30), 1e30)  # so that float32 holds it
-    filled = starts + single
-    for k in range(len(list_seeds)):
+    for k in range(len(lists)):
         for row in range(rows):
-            for entry in range(filled[row], filled[row] + counts[k, row]):
-                ids[entry] = np.int64(xxh64(data, begin, cuts[text], list_seeds[k]))
+            entry = starts[row] + single
+            for before in range(k):
+                entry += counts[before, row]
+            for _ in range(counts[k, row]):
+                end = end_of(data, begin, cuts, text)
+                ids[entry] = np.int64(xxh64(data, begin, end, lists[k, 0]))
                 values[entry] = 1.0 / counts[k, row]
-                fields[entry] = list_fields[k]
-                begin = cuts[text] + 1
+                fields[entry] = lists[k, 1]
+                begin = end + 1
                 text += 1
-            filled[row] += counts[k, row]
-    return ids, values, fields, starts, ends
+                entry += 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from heapq import heapify, heappop, heappush
-from itertools import chain
-from math import inf, nan
+from math import inf
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,24 +13,22 @@ from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
+from streamrec.preprocessors import _join_kernel
+from streamrec.preprocessors._join_kernel import PASSED, SHOWN, UNKNOWN
+from streamrec.preprocessors._keyed_rows import empty_table, put_all
+from streamrec.preprocessors.hashing import packed
 from streamrec.protocols import State
 
-__all__ = ["Closed", "LabelJoin"]
+__all__ = ["PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event_codes"]
+
+kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy can follow
 
 _FOREVER = 1e300
 """Times and windows stay below it, so that their sums stay finite."""
 
-_REASONS = (
-    "late_impression",
-    "late_feedback",
-    "duplicate_impression",
-    "evicted_impression",
-    "evicted_feedback",
-    "outside_window",
-    "repeated",
-    "unknown_kind",
-    "unmatched",
-)
+_MOST_KINDS = 62  # bits of a row's `positive`
+_SMALLEST = 1024
+_USUAL = {Impression, Feedback}
 
 
 class Closed(NamedTuple):
@@ -49,18 +45,6 @@ class Closed(NamedTuple):
     last: bool
 
 
-class _Wait(NamedTuple):
-    """The impressions whose next window to close is that of `kind`, in order of time."""
-
-    queue: deque[_Open]
-    window: float
-    kind: str
-    bit: int
-    then: deque[_Open] | None  # where they wait next; None: this is their last window
-
-
-_Open = tuple[float, int, str, Any]  # time, arrival, id, payload: in this order, for the heap
-_Early = tuple[float, int, str, str]  # time, arrival, impression id, kind
 _closed = tuple.__new__  # NamedTuple's own constructor takes twice the time
 _NONE: tuple[Closed, ...] = ()
 
@@ -81,6 +65,9 @@ class LabelJoin:
     Labels come in order of closing time, then of impression time, then of arrival. Raises `ConfigError` for settings
     that cannot work.
 
+    An id is remembered by a hash of 128 bits: two of a million open ones over a billion events are taken for one with a
+    chance of 3e-24.
+
     >>> join = LabelJoin(windows={"click": 60.0})
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item="p9") for n in range(2)]
     >>> join.push([*shown, Feedback(id="f1", impression_id="i1", time=5.0)])
@@ -91,7 +78,8 @@ class LabelJoin:
     >>> join.pending, join.watermark
     (1, 90.0)
 
-    What holds impressions elsewhere, under a number, uses `step` and `drain` instead of `push` and `flush`.
+    What holds impressions elsewhere, under a number, uses `step` and `drain` instead of `push` and `flush`, and with
+    many events at once `codes` and `steps`.
     """
 
     def __init__(self, *, windows: Mapping[str, float], lateness: float = 0.0, capacity: int = 1_000_000) -> None:
@@ -106,26 +94,28 @@ class LabelJoin:
             raise ConfigError(f"lateness must be >= 0 seconds and finite, got {lateness!r}")
         if not capacity >= 1:
             raise ConfigError(f"capacity must be >= 1, got {capacity!r}")
+        if len(windows) > _MOST_KINDS:
+            raise ConfigError(f"windows may name {_MOST_KINDS} kinds at most, got {len(windows)}")
         self.windows: Mapping[str, float] = {kind: float(window) for kind, window in windows.items()}
         self.lateness = float(lateness)
         self.capacity = capacity
 
         # In order of closing, whatever the order of the mapping.
-        self._kinds = sorted(self.windows, key=lambda kind: (self.windows[kind], kind))
-        self._rules = {kind: (1 << index, self.windows[kind]) for index, kind in enumerate(self._kinds)}
-        self._watermark = -_FOREVER
-        self._counts = dict.fromkeys(_REASONS, 0)
-        self._arrivals = 0
-        # An open impression is first in `_recent`; behind the watermark, where none can come before it any more, it
-        # goes to a plain queue. So the heap is as small as the lateness, however long the windows are.
-        self._shown: dict[str, float] = {}  # the time of each open impression
-        self._positive: dict[str, int] = {}  # the kinds it has feedback of, as bits
-        self._recent: list[_Open] = []
-        self._queues: list[deque[_Open]] = [deque() for _ in self._kinds]
-        self._waits = self._lay_out()
-        self._early: dict[str, dict[int, _Early]] = {}  # by impression, by arrival
-        self._early_total = 0
-        self._expiring: list[_Early] = []  # a heap; matched feedback stays in it until it expires or is swept
+        self.kinds: Sequence[str] = sorted(self.windows, key=lambda kind: (self.windows[kind], kind))
+        self._code = {kind: code for code, kind in enumerate(self.kinds)}
+        self._widths = np.array([self.windows[kind] for kind in self.kinds], dtype=np.float64)
+        self._clear()
+
+    def _clear(self, opens: int = _SMALLEST, earlies: int = _SMALLEST) -> None:
+        self._watermark = np.full(1, -_FOREVER)
+        self._numbers = np.zeros(kernel.NUMBERS, dtype=np.int64)
+        self._opens, self._open_table, self._recent = _rows(opens, kernel.OPEN)
+        self._queues = np.full((len(self.kinds), 2), -1, dtype=np.int64)  # (kinds, 2): the first row and the last
+        self._earlies, self._early_table, self._expiring = _rows(earlies, kernel.EARLY)
+        # Payloads are numbers in the rows: one that is no number of its own has a negative one here.
+        self._objects: dict[int, Any] = {}
+        self._lowest = 0
+        self._few: NDArray[Any] = np.empty(64, dtype=kernel.CLOSED)  # for one event at a time
 
     def __repr__(self) -> str:
         return f"LabelJoin(windows={self.windows!r}, lateness={self.lateness!r}, capacity={self.capacity!r})"
@@ -133,12 +123,12 @@ class LabelJoin:
     @property
     def pending(self) -> int:
         """How many impressions are open."""
-        return len(self._shown)
+        return int(self._numbers[kernel.OPENED])
 
     @property
     def watermark(self) -> float:
         """The event time believed complete: `lateness` behind the newest event, -inf before the first."""
-        return self._watermark if self._watermark > -_FOREVER else -inf
+        return float(self._watermark[0]) if self._watermark[0] > -_FOREVER else -inf
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -148,23 +138,34 @@ class LabelJoin:
         Feedback: `late_feedback`, `unknown_kind` (no window for it), `outside_window`, `repeated` (a second of its
         kind on one impression), `unmatched` (its impression did not come, or is gone), `evicted_feedback`.
         """
-        return dict(self._counts)
+        return dict(zip(kernel.REASONS, self._numbers.tolist(), strict=False))
 
     def push(self, events: Sequence[Event]) -> list[Labeled]:
         """Take impressions and feedback; return what their event time closes. `Labeled` items pass in their place."""
-        labeled: list[Labeled] = []
-        for event in events:
-            if isinstance(event, Labeled):
-                labeled.append(event)
-            else:
-                closed = self.step(event, event)
-                if closed:
-                    labeled += _labels(closed)
-        return labeled
+        if len(events) == 1 and not isinstance(events[0], Labeled):
+            closed_now = self.step(events[0], events[0])
+            return [Labeled(shown, label, kind) for shown, kind, label, _, _ in closed_now if kind]
+        codes = self.codes(events)
+        shown = np.flatnonzero(codes == SHOWN)
+        first = self._lowest - 1
+        self._lowest -= len(shown)
+        numbers = np.zeros(len(codes), dtype=np.int64)
+        numbers[shown] = np.arange(first, self._lowest - 1, -1)
+        self._objects.update(
+            zip(range(first, self._lowest - 1, -1), map(events.__getitem__, shown.tolist()), strict=True)
+        )
+        closed = self.steps(events, codes, numbers)
+        labeled = self._labels(closed)
+        passed = np.flatnonzero(codes == PASSED).tolist()
+        if not passed:
+            return labeled
+        placed = list(zip(closed["event"][closed["kind"] >= 0].tolist(), labeled, strict=True))
+        placed += [(place, events[place]) for place in passed]  # type: ignore[misc]
+        return [one for _, one in sorted(placed, key=itemgetter(0))]
 
     def flush(self) -> list[Labeled]:
         """Close all that is open, at the end of a stream; see `drain`."""
-        return _labels(self.drain())
+        return self._labels(self._drained())
 
     def step(self, event: Impression | Feedback, payload: Any = None) -> Sequence[Closed]:
         """Take one event; return what its time closes: labels to learn before the event itself is scored.
@@ -181,45 +182,69 @@ class LabelJoin:
         >>> join.step(Impression(id="i2", time=1.0, user="u1", item="p9"), 8)  # late
         [Closed(payload=8, kind='', label=nan, time=1.0, last=True)]
         """
-        time = event.time
-        if not self._watermark <= time < _FOREVER:  # so nan is late too
-            if isinstance(event, Impression):
-                self._counts["late_impression"] += 1
-                return [Closed(payload, "", nan, time, True)]
-            self._counts["late_feedback"] += 1
-            return _NONE
-
-        closed: Sequence[Closed] = _NONE
-        watermark = time - self.lateness
-        if watermark > self._watermark:
-            self._watermark = watermark
-            closed = self._close(watermark)
-
         if isinstance(event, Impression):
-            id = event.id
-            if id in self._shown:
-                self._counts["duplicate_impression"] += 1
-                return [*closed, Closed(payload, "", nan, time, True)]
-            self._shown[id] = time
-            self._arrivals = arrival = self._arrivals + 1
-            heappush(self._recent, (time, arrival, id, payload))
-            if id in self._early:
-                self._match(id, time)
-            if len(self._shown) > self.capacity:
-                return [*closed, *self._evict()]
-            return closed
-
-        kind = event.kind
-        if kind not in self._rules:
-            self._counts["unknown_kind"] += 1
-            return closed
-        id = event.impression_id
-        shown = self._shown.get(id)
-        if shown is None:
-            self._keep(id, time, kind)
+            id, code, number = event.id, SHOWN, self._number(payload)
         else:
-            self._note(id, shown, time, kind)
-        return closed
+            id, code, number = event.impression_id, self._code.get(event.kind, UNKNOWN), 0
+        data = id.encode("utf-8", "surrogatepass")
+        done, count = kernel.advance_one(data, float(event.time), code, number, *self._settings(), self._few)
+        if done:
+            return self._given_back(self._few[:count]) if count else _NONE
+        found = list(self._given_back(self._few[:count]))
+        while not done:
+            closed = self._room(1)
+            done, count = kernel.advance_one(data, float(event.time), code, number, *self._settings(), closed)
+            found += self._given_back(closed[:count])
+        return found
+
+    def codes(self, events: Sequence[Event]) -> NDArray[np.int64]:
+        """int64 `(n,)`: what each event is to `steps`. From 0: feedback of `kinds[code]`; -1: of another kind; -2: an
+        impression; -3: a labeled example.
+
+        >>> LabelJoin(windows={"click": 60.0}).codes([Feedback(id="f1", impression_id="i1", time=1.0)])
+        array([0])
+        """
+        return event_codes(events, self._code)
+
+    def steps(self, events: Sequence[Event], codes: NDArray[np.int64], payloads: NDArray[np.int64]) -> NDArray[Any]:
+        """`step` for many events at once; labeled examples pass.
+
+        `codes`: from `codes`. `payloads`: int64 `(n,)`, those of impressions are read; from 0 on. Returns records
+        `(closed,)` in order: `event`, the place of the event whose time closed it; `payload`; `time`; `kind`, the place
+        in `kinds`, or -1 where there will be no label; `label`, float32; `last`.
+
+        >>> join = LabelJoin(windows={"click": 60.0})
+        >>> shown = [Impression(id=f"i{n}", time=61.0 * n, user="u1", item="p9") for n in range(2)]
+        >>> join.steps(shown, join.codes(shown), np.array([7, 8]))[["event", "payload", "label"]]
+        array([(1, 7, 0.)], dtype=...)
+        """
+        if not len(events):
+            return np.empty(0, dtype=kernel.CLOSED)
+        names: list[str]
+        times: NDArray[np.float64]
+        if {*map(type, events)} <= _USUAL:
+            plain: Any = events
+            names = [event.id if type(event) is Impression else event.impression_id for event in plain]
+            times = np.array([event.time for event in plain], dtype=np.float64)
+        else:
+            names = [
+                event.id
+                if isinstance(event, Impression)
+                else event.impression_id
+                if isinstance(event, Feedback)
+                else ""
+                for event in events
+            ]
+            times = np.array([0.0 if isinstance(event, Labeled) else event.time for event in events], dtype=np.float64)
+        data, cuts = packed(names)
+        done, parts = 0, []
+        closed = np.empty(2 * len(events) + 64, dtype=kernel.CLOSED)
+        while True:
+            done, count = kernel.advance(done, data, cuts, times, codes, payloads, *self._settings(), closed)
+            parts.append(closed[:count])
+            if done == len(events):
+                return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            closed = self._room(len(events) - done)
 
     def drain(self) -> Sequence[Closed]:
         """Close all that is open as if the watermark were infinite, in closing order.
@@ -227,32 +252,92 @@ class LabelJoin:
         For the end of a stream: what is still open has had no full window. Early feedback is given up as unmatched.
         The watermark stays, and the stream may go on.
         """
-        return self._close(inf)
+        return self._given_back(self._drained())
+
+    def _drained(self) -> NDArray[Any]:
+        closed = np.empty(self.pending * len(self.kinds), dtype=kernel.CLOSED)
+        count = kernel.close(inf, 0, self._widths, *self._memory(), closed, 0)
+        return closed[:count]
+
+    def _memory(self) -> Any:
+        opens = self._opens, self._open_table, self._recent, self._queues
+        return self._numbers, *opens, self._earlies, self._early_table, self._expiring
+
+    def _settings(self) -> Any:
+        return self._widths, self.lateness, min(self.capacity, 2**62), _FOREVER, self._watermark, *self._memory()
+
+    def _room(self, more: int) -> NDArray[Any]:
+        """Free rows for `more` impressions and as much feedback, and records for what they may close."""
+        numbers = self._numbers
+        if numbers[kernel.OPENED] + more > len(self._opens):
+            size = 1 << int(numbers[kernel.OPENED] + more).bit_length()
+            self._opens, self._open_table, self._recent = _larger(self._opens, self._open_table, self._recent, size)
+            numbers[kernel.FREE_OPEN] = _chained(self._opens, int(numbers[kernel.FREE_OPEN]), size)
+        if numbers[kernel.WAITING] + more > len(self._earlies):
+            size = 1 << int(numbers[kernel.WAITING] + more).bit_length()
+            self._earlies, self._early_table, self._expiring = _larger(
+                self._earlies, self._early_table, self._expiring, size
+            )
+            numbers[kernel.FREE_EARLY] = _chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
+        return np.empty(2 * more + 64 + max(0, self.pending + more - self.capacity), dtype=kernel.CLOSED)
+
+    def _number(self, payload: Any) -> int:
+        if type(payload) is int and 0 <= payload < 2**63:
+            return payload
+        self._lowest -= 1
+        self._objects[self._lowest] = payload
+        return self._lowest
+
+    def _payload(self, number: int, last: bool) -> Any:
+        if number >= 0:
+            return number
+        return self._objects.pop(number) if last else self._objects[number]
+
+    def _given_back(self, closed: NDArray[Any]) -> Sequence[Closed]:
+        if not len(closed):
+            return _NONE
+        kinds = (*self.kinds, "")  # the last is that of -1
+        return [
+            _closed(Closed, (self._payload(number, last), kinds[kind], label, time, last))
+            for _, number, time, kind, label, last in closed.tolist()
+        ]
+
+    def _labels(self, closed: NDArray[Any]) -> list[Labeled]:
+        if len(self.kinds) == 1 and len(closed) and closed["payload"].max() < 0 and closed["kind"].min() >= 0:
+            payloads, labels = closed["payload"].tolist(), closed["label"].tolist()  # the usual case: all is last
+            return [
+                Labeled(shown, label, self.kinds[0])
+                for shown, label in zip(map(self._objects.pop, payloads), labels, strict=True)
+            ]
+        return [Labeled(shown, label, kind) for shown, kind, label, _, _ in self._given_back(closed) if kind]
 
     def state_dict(self) -> State:
         """The open impressions with their payloads, the early feedback, the watermark and the counts.
 
         Raises `ConfigError` where payloads are neither all 64-bit integers nor all `Impression`s.
         """
-        stages = [*self._queues, sorted(self._recent)]
-        held = list(chain.from_iterable(stages))
-        bits = [self._positive.get(id, 0) for _, _, id, _ in held]
-        early = sorted(waiting for by_arrival in self._early.values() for waiting in by_arrival.values())
+        opens, earlies, numbers = self._opens, self._earlies, self._numbers
+        recent = self._recent[: numbers[kernel.RECENT]]
+        queued, lengths = kernel.in_queues(self._queues, opens)
+        held = opens[np.concatenate([queued, recent[np.lexsort((opens["arrival"][recent], opens["time"][recent]))]])]
+        early = earlies[self._expiring[: numbers[kernel.WAITING]]]
+        early = early[np.lexsort((early["arrival"], early["time"]))]
+        payloads = held["payload"].copy()
         return {
             "windows": dict(self.windows),
-            "watermark": self._watermark,
-            "counts": dict(self._counts),
-            "ids": [id for _, _, id, _ in held],
-            "times": np.array([time for time, _, _, _ in held], dtype=np.float64),  # (open,)
-            "payloads": _pack([payload for _, _, _, payload in held]),
-            "stages": np.array([len(stage) for stage in stages], dtype=np.int64),  # (kinds + 1,): open in each
-            "positive": np.array([[b >> k & 1 for k in range(len(self._kinds))] for b in bits], dtype=np.bool_).reshape(
-                len(held), len(self._kinds)
-            ),
+            "watermark": float(self._watermark[0]),
+            "counts": dict(self.counts),
+            "keys": np.stack([held["high"], held["low"]], axis=1),  # uint64 (open, 2)
+            "times": held["time"].copy(),  # (open,)
+            "payloads": _pack([self._payload(number, False) for number in payloads.tolist()])
+            if len(payloads) and payloads.min() < 0
+            else payloads,
+            "stages": np.append(lengths, len(recent)),  # (kinds + 1,): open in each
+            "positive": (held["positive"][:, None] >> np.arange(len(self.kinds)) & 1).astype(np.bool_),
             "early": {
-                "impression_ids": [id for _, _, id, _ in early],
-                "times": np.array([time for time, _, _, _ in early], dtype=np.float64),
-                "kinds": [kind for _, _, _, kind in early],
+                "keys": np.stack([early["high"], early["low"]], axis=1),
+                "times": early["time"].copy(),
+                "kinds": early["kind"].copy(),  # places in the order of closing
             },
         }
 
@@ -267,132 +352,80 @@ class LabelJoin:
                 f"the state was cut with windows={windows!r}, this join has windows={self.windows!r}: "
                 "build it with the windows of the state, or start it without one"
             )
-        ids, times, payloads = state["ids"], state["times"].tolist(), _unpack(state["payloads"])
-        bits = [sum(1 << k for k, there in enumerate(row) if there) for row in state["positive"].tolist()]
-        held = iter(list(zip(times, range(1, len(ids) + 1), ids, payloads, strict=True)))
-        stages = [[next(held) for _ in range(length)] for length in state["stages"].tolist()]
-        early = state["early"]
-        expiring = list(
-            zip(
-                early["times"].tolist(),
-                range(len(ids) + 1, len(ids) + len(early["kinds"]) + 1),
-                early["impression_ids"],
-                early["kinds"],
-                strict=True,
-            )
-        )
-        by_impression: dict[str, dict[int, _Early]] = {}
-        for waiting in expiring:
-            by_impression.setdefault(waiting[2], {})[waiting[1]] = waiting
-
-        self._watermark = float(state["watermark"])
-        self._counts = {**dict.fromkeys(_REASONS, 0), **state["counts"]}
-        self._arrivals = len(ids) + len(expiring)
-        self._shown = dict(zip(ids, times, strict=True))
-        self._positive = {id: b for id, b in zip(ids, bits, strict=True) if b}
-        self._recent = stages.pop()  # sorted, so a heap
-        self._queues = [deque(stage) for stage in stages]
-        self._waits = self._lay_out()
-        self._early = by_impression
-        self._early_total = len(expiring)
-        self._expiring = expiring
-
-    def _lay_out(self) -> list[_Wait]:
-        """The widest window first: where two close at one time, the impression there is the older one."""
-        queues = self._queues
-        return [
-            _Wait(queue, self.windows[kind], kind, self._rules[kind][0], then)
-            for kind, queue, then in zip(self._kinds, queues, [*queues[1:], None], strict=True)
-        ][::-1]
-
-    def _close(self, watermark: float) -> Sequence[Closed]:
-        recent, first = self._recent, self._queues[0]
-        while recent and recent[0][0] < watermark:
-            first.append(heappop(recent))
-        expiring = self._expiring
-        while expiring and expiring[0][0] < watermark:
-            self._counts["unmatched"] += self._forget()
-
-        closed: list[Closed] = []
-        while True:
-            at, due = watermark, None
-            for wait in self._waits:
-                queue = wait[0]
-                if queue and (closing := queue[0][0] + wait[1]) < at:
-                    at, due = closing, wait
-            if due is None:
-                return closed or _NONE
-            queue, _, kind, bit, then = due
-            opened = queue.popleft()
-            time, _, id, payload = opened
-            if then is None:
-                del self._shown[id]
-                bits = self._positive.pop(id, 0)
-            else:
-                then.append(opened)
-                bits = self._positive.get(id, 0)
-            closed.append(_closed(Closed, (payload, kind, 1.0 if bits & bit else 0.0, time, then is None)))
-
-    def _note(self, id: str, shown: float, time: float, kind: str) -> None:
-        bit, window = self._rules[kind]
-        bits = self._positive.get(id, 0)
-        if not shown <= time <= shown + window:
-            self._counts["outside_window"] += 1
-        elif bits & bit:
-            self._counts["repeated"] += 1
-        else:
-            self._positive[id] = bits | bit
-
-    def _evict(self) -> list[Closed]:
-        gone: list[Closed] = []
-        while len(self._shown) > self.capacity:
-            at, due = inf, None
-            for wait in self._waits:
-                if wait.queue and (closing := wait.queue[0][0] + wait.window) < at:
-                    at, due = closing, wait.queue
-            recent = self._recent
-            if due is None or (recent and recent[0][0] + self._waits[-1].window < at):
-                time, _, id, payload = heappop(recent)
-            else:
-                time, _, id, payload = due.popleft()
-            del self._shown[id]
-            self._positive.pop(id, None)
-            self._counts["evicted_impression"] += 1
-            gone.append(Closed(payload, "", nan, time, True))
-        return gone
-
-    def _keep(self, id: str, time: float, kind: str) -> None:
-        self._arrivals += 1
-        early = (time, self._arrivals, id, kind)
-        self._early.setdefault(id, {})[self._arrivals] = early
-        heappush(self._expiring, early)
-        self._early_total += 1
-        while self._early_total > self.capacity:
-            self._counts["evicted_feedback"] += self._forget()
-
-    def _match(self, id: str, shown: float) -> None:
-        matched = self._early.pop(id)
-        for time, _, _, kind in matched.values():
-            self._note(id, shown, time, kind)
-        self._early_total -= len(matched)
-        if len(self._expiring) > 2 * self._early_total + 64:  # more matched than waiting: sweep
-            self._expiring[:] = [early for waiting in self._early.values() for early in waiting.values()]
-            heapify(self._expiring)
-
-    def _forget(self) -> int:
-        """Take the oldest early feedback off the heap: 1 if it still waited, 0 if it was matched long since."""
-        _, arrival, id, _ = heappop(self._expiring)
-        waiting = self._early.get(id)
-        if waiting is None or waiting.pop(arrival, None) is None:
-            return 0
-        if not waiting:
-            del self._early[id]
-        self._early_total -= 1
-        return 1
+        held, early, payloads = np.asarray(state["times"]), state["early"], _unpack(state["payloads"])
+        count, waiting = len(held), len(early["times"])
+        self._clear(max(_SMALLEST, 2 * count), max(_SMALLEST, 2 * waiting))
+        self._watermark[0] = state["watermark"]
+        numbers = self._numbers
+        numbers[: len(kernel.REASONS)] = [state["counts"].get(reason, 0) for reason in kernel.REASONS]
+        opens = self._opens
+        opens["time"][:count] = held
+        opens["high"][:count], opens["low"][:count] = np.asarray(state["keys"]).T
+        opens["arrival"][:count] = np.arange(1, count + 1)
+        opens["payload"][:count] = [self._number(payload) for payload in payloads]
+        opens["positive"][:count] = np.asarray(state["positive"]) @ (1 << np.arange(len(self.kinds)))
+        lengths = np.asarray(state["stages"])
+        ends = np.cumsum(lengths)
+        for kind, (begin, end) in enumerate(zip(ends - lengths, ends, strict=True)):
+            rows = np.arange(begin, end)
+            if kind == len(self.kinds):  # sorted, so a heap
+                self._recent[: len(rows)] = rows
+                opens["place"][rows] = np.arange(len(rows))
+            elif len(rows):
+                opens["next"][rows] = [*rows[1:], -1]
+                self._queues[kind] = begin, end - 1
+        put_all(np.arange(count), self._open_table, opens)
+        numbers[[kernel.OPENED, kernel.RECENT, kernel.FREE_OPEN]] = count, lengths[-1], count
+        # the feedback that waited, again as it came: in order of time, so that it expires as it would have
+        keys, times, kinds = np.asarray(early["keys"]), np.asarray(early["times"]), np.asarray(early["kinds"])
+        numbers[kernel.ARRIVALS] = count
+        kernel.keep_all(keys, times, kinds, numbers, self._earlies, self._early_table, self._expiring)
 
 
-def _labels(closed: Sequence[Closed]) -> list[Labeled]:
-    return [Labeled(impression, label, kind) for impression, kind, label, _, _ in closed if kind]
+def event_codes(events: Sequence[Event], codes: Mapping[str, int]) -> NDArray[np.int64]:
+    """See `LabelJoin.codes`; `codes`: by kind of feedback."""
+    known: list[int]
+    if {*map(type, events)} <= _USUAL:
+        plain: Any = events
+        known = [SHOWN if type(event) is Impression else codes.get(event.kind, UNKNOWN) for event in plain]
+    else:
+        known = [
+            SHOWN
+            if isinstance(event, Impression)
+            else codes.get(event.kind, UNKNOWN)
+            if isinstance(event, Feedback)
+            else PASSED
+            for event in events
+        ]
+    return np.array(known, dtype=np.int64)
+
+
+def _rows(count: int, kind: Any) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Free rows, chained; an empty table and an empty heap for them."""
+    rows = np.zeros(count, dtype=kind)
+    _chained(rows, -1, count)
+    return rows, empty_table(count), np.empty(count, dtype=np.int64)
+
+
+def _chained(rows: NDArray[Any], first: int, new: int) -> int:
+    """Chain the last `new` of the rows, in front of the free row `first`; returns the first of them."""
+    begin = len(rows) - new
+    rows["next"][begin:] = np.arange(begin + 1, len(rows) + 1)
+    rows["next"][-1] = first
+    return begin
+
+
+def _larger(
+    rows: NDArray[Any], table: NDArray[np.int64], heap: NDArray[np.int64], more: int
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """The same with room for `more` rows beyond."""
+    grown = np.zeros(len(rows) + more, dtype=rows.dtype)
+    grown[: len(rows)] = rows
+    wider = empty_table(len(grown))
+    put_all(table[table >= 0], wider, grown)
+    longer = np.empty(len(grown), dtype=np.int64)
+    longer[: len(heap)] = heap
+    return grown, wider, longer
 
 
 def _pack(payloads: list[Any]) -> NDArray[np.int64] | bytes:

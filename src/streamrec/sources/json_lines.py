@@ -14,7 +14,18 @@ from typing import Any, Union
 from typing_extensions import Self
 
 from streamrec.errors import ConfigError, SourceError
-from streamrec.events import DeadLetter, Event, Feedback, Impression, Item, Labeled, Position, decode_event
+from streamrec.events import (
+    DeadLetter,
+    Decoded,
+    Event,
+    Feedback,
+    Impression,
+    Item,
+    Labeled,
+    Position,
+    decode_event,
+    decode_lines,
+)
 
 __all__ = ["JsonLines"]
 
@@ -93,16 +104,18 @@ class JsonLines:
             raise ConfigError(f"limit must be >= 1, got {limit!r}")
         index, offset = self._index, self._offset
         items: list[Item] = []
+        sound = True  # all in the default form
         try:
             while len(items) < limit and (self._next < len(self._lines) or self._fill()):
-                self._take(items, limit)
+                sound &= self._take(items, limit)
                 if self._damage is not None:  # then no line is left in front of it
                     items.append(self._damaged())
+                    sound = False
         except BaseException:  # an interrupt too: nothing of this call is handed out, so nothing of it counts as read
             self._drop()
             self._index, self._offset, self._ended = index, offset, False
             raise
-        return items
+        return Decoded(items) if sound else items
 
     def position(self) -> Position:
         """Where the next unread line starts: `{"path": ..., "offset": n}`, n in the file's decompressed bytes."""
@@ -186,12 +199,13 @@ class JsonLines:
             self._lines = b"".join(parts).split(b"\n")
             return True
 
-    def _take(self, items: list[Item], limit: int) -> None:
-        """Decode lines that were read ahead until there are `limit` items."""
+    def _take(self, items: list[Item], limit: int) -> bool:
+        """Decode lines that were read ahead until there are `limit` items; whether all are in the default form."""
         offset, start = self._offset, self._next
         # One slice holds as many lines as are wanted; where some are blank, `read` comes back for more.
         lines = self._lines[start : start + limit - len(items)]
-        if self._take_good(items, lines):
+        good = self._take_good(items, lines)
+        if good:
             offset += sum(map(len, lines)) + len(lines)
         else:
             offset = self._take_each(items, lines, offset)
@@ -200,15 +214,16 @@ class JsonLines:
             offset -= 1
             self._unfinished = False
         self._offset = offset
+        return good
 
     def _take_good(self, items: list[Item], lines: list[bytes]) -> bool:
         """Decode lines of the default form that are all good, as nearly all are; False, and nothing done, where not."""
         if self._decode is not decode_event:
             return False
-        try:
-            items += [decode_event(line) for line in lines]
-        except (ValueError, RecursionError):  # which one, and why, the careful way finds
+        events = decode_lines(lines)
+        if events is None:  # which line it is, and why, the careful way finds
             return False
+        items += events
         return True
 
     def _take_each(self, items: list[Item], lines: list[bytes], offset: int) -> int:

@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
@@ -17,26 +18,28 @@ from tqdm import tqdm
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
-from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled, Position
+from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
 from streamrec.preprocessors.hashing import uniform
+from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Schema, Text
 from streamrec.storage import Store, Version
+from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
 from streamrec.trainers.held_rows import HeldRows
 from streamrec.trainers.in_order import InOrder
+from streamrec.trainers.plan import Plan, plan
 
 __all__ = ["OnlineTrainer"]
 
-FORMAT = 1
+FORMAT = 2
 """Of the checkpoints written here. Another one is refused."""
 
 
-# An operation as one number, from its lowest bit: SCORE, LEARN, whether the label is 1, its kind, the slot of the row.
-_LABEL, _KIND, _SLOT = 2, 3, 27
-_KINDS = (1 << _SLOT - _KIND) - 1
-_CLICKED = 1 << _LABEL
+_USUAL = {Impression, Feedback}
+_NO_SLOTS = np.empty(0, dtype=np.int64)
+_NO_SCORES = np.empty(0, dtype=np.float32)
 _DRAWS = 0x6E656761  # seeds the choice of non-clicks, so that it is not that of anything else that hashes ids
 
 
@@ -53,8 +56,10 @@ class OnlineTrainer:
     impressions are scored but not learned from, and counted. `metrics`: kept since the start and, with `window`, per so
     many seconds of event time. `store`: a `Store` or where to make one; None keeps nothing. `checkpoint_every`,
     `checkpoint_seconds`: `run` cuts a checkpoint and publishes a version after so many events or seconds on `clock`,
-    whichever is first, and at its end. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks
-    to learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
+    whichever is first, and at its end. `background`: they are written in a thread, and the stream waits only while they
+    are cut; one that is due while the one before is being written is cut as soon as that is done. False: the stream
+    waits until they are written. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks to
+    learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
     judge all of them.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
@@ -76,6 +81,7 @@ class OnlineTrainer:
         store: Store | str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100_000,
         checkpoint_seconds: float = 60.0,
+        background: bool = True,
         batch_size: int = 256,
         target: str = "click",
         negatives: float = 1.0,
@@ -101,6 +107,7 @@ class OnlineTrainer:
         self.store = Store(store) if isinstance(store, (str, os.PathLike)) else store
         self.checkpoint_every = checkpoint_every
         self.checkpoint_seconds = checkpoint_seconds
+        self.background = background
         self.batch_size = batch_size
         self.target = target
         self.negatives = negatives
@@ -108,16 +115,17 @@ class OnlineTrainer:
         self._clock = clock
         self._validate = Validate()
         self._encoder = Encoder(model.schema)
+        self._nothing = self._encoder([])
         self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema))
         self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
-        self._closing = {
-            kind: self._kinds.setdefault(kind, len(self._kinds)) << _KIND | (LEARN if kind == target else 0)
-            for kind in (join.windows if join is not None else ())
-        }
+        joined = () if join is None else join.kinds
+        self._numbers = np.array([self._kinds.setdefault(kind, len(self._kinds)) for kind in joined], dtype=np.int64)
+        self._learned = joined.index(target) if join is not None else -1
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._lap = clock()
+        self._saver = Saver(model)
         self._saved_events = 0
         self._saved_time = clock()
 
@@ -130,13 +138,19 @@ class OnlineTrainer:
         Nothing is written: `run` does that, or `checkpoint` when `checkpoint_due`.
         """
         checked = self._validate.push(events)
-        usable: list[Any] = [item for item in checked if not isinstance(item, DeadLetter)]
+        usable: list[Any] = checked
+        if type(checked) is not Decoded:
+            usable = [item for item in checked if not isinstance(item, DeadLetter)]
         kept = usable
         for stage in self.preprocessors:
             kept = stage.push(kept)
-        shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
-        batch, problems = self._encoder(shown)
-        scores = self._advance(kept, shown, batch)
+        kinds = {*map(type, kept)}
+        if not kinds <= _USUAL:
+            shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
+        else:
+            shown = [e for e in kept if type(e) is Impression]
+        batch, problems = self._encoder(shown) if shown else self._nothing
+        scores = (self._learn_at_once if kinds == {Labeled} else self._advance)(kept, shown, batch)
         if len(kept) < len(events) or problems:
             places = _places(checked, kept)
             self._put_aside(checked, shown, problems, places)
@@ -172,32 +186,16 @@ class OnlineTrainer:
         """Score, join, judge and learn, in the order of the events; return the scores. `batch`: those `shown` in
         them."""
         self._counts["impressions"] += len(shown)
-        slots = self._rows.add(batch, [impression.time for impression in shown])
+        slots = self._rows.add(batch, batch.times) if shown else _NO_SLOTS
         if self.negatives < 1:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         kinds_here = dict(self._kinds)  # a copy: `Labeled` items may bring new kinds without end
-        plan, given, freed = self._plan(events, iter(slots), kinds_here)
-        if not plan:
-            return []
-        todo = np.array(plan, dtype=np.int64)
-        rows, kinds, labels, ops = (
-            todo >> _SLOT,
-            todo >> _KIND & _KINDS,
-            (todo >> _LABEL & 1).astype(np.float32),
-            todo & 3,
-        )
-        weights = np.ones(len(todo), dtype=np.float32)
-        if given:
-            at, given_labels, given_weights = zip(*given, strict=True)
-            labels[list(at)], weights[list(at)] = given_labels, given_weights
-
-        learn_weights = weights  # the metrics judge every label, with its own weight
-        if self.negatives < 1:
-            ops, learn_weights = self._sample(rows, ops, labels, weights)
-        acts = np.flatnonzero(ops)
-        found = self._step(self._rows.batch, rows[acts], ops[acts].astype(np.int8), labels[acts], learn_weights[acts])
-        scored = np.flatnonzero(ops[acts] & SCORE)
-        found = found[scored]
+        todo = self._plan(events, slots, kinds_here)
+        self._counts["learned"] += todo.learned
+        self._counts["sampled_out"] += todo.sampled_out
+        found = _NO_SCORES
+        if len(todo.rows):
+            found = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)[todo.scored]
         # the score that was served, where a service has served one: it is the one to be judged
         served = [impression.score for impression in shown]
         if served.count(None) < len(served):
@@ -207,72 +205,84 @@ class OnlineTrainer:
         else:
             self._rows.served[slots] = found
 
-        judged = np.flatnonzero(kinds)
-        if len(judged):
-            which = kinds[judged]
+        if len(todo.judged_rows):
+            which = todo.judged_kinds
             names = list(kinds_here)
             self.validation.update(
-                labels[judged],
-                self._rows.served[rows[judged]],
-                weights[judged],
-                self._rows.times[rows[judged]],
+                todo.judged_labels,
+                self._rows.served[todo.judged_rows],
+                todo.judged_weights,
+                self._rows.times[todo.judged_rows],
                 names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
             )
-        self._rows.free(freed)
-        self._counts["learned"] += int(np.count_nonzero(ops & LEARN))
+        self._rows.free(todo.freed)
         scores: list[float] = found.tolist()
         return scores
 
-    def _sample(
-        self,
-        rows: NDArray[np.int64],
-        ops: NDArray[np.int64],
-        labels: NDArray[np.float32],
-        weights: NDArray[np.float32],
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The operations without the learning of most non-clicks, and the weights of the rest, which count for them."""
-        negative = ((ops & LEARN) != 0) & (labels == 0)
-        dropped = negative & (self._rows.draws[rows] >= self.negatives)
-        self._counts["sampled_out"] += int(np.count_nonzero(dropped))
-        return np.where(dropped, ops & ~LEARN, ops), np.where(negative, weights / np.float32(self.negatives), weights)
+    def _learn_at_once(self, events: Sequence[Labeled], shown: Sequence[Impression], batch: Batch) -> list[float]:
+        """`_advance` where nothing waits for a label: no row need be held."""
+        count = len(events)
+        self._counts["impressions"] += count
+        labels = np.array([event.label for event in events], dtype=np.float32)
+        weights = np.array([event.weight for event in events], dtype=np.float32)
+        kinds = [event.kind for event in events]
+        first = kinds[0]
+        one_kind = kinds.count(first) == count
+        learn_weights = weights  # the metrics judge every label, with its own weight
+        if one_kind and first == self.target and self.negatives == 1:
+            ops = np.full(count, SCORE | LEARN, dtype=np.int8)
+            self._counts["learned"] += count
+        else:
+            learned = np.array([kind == self.target for kind in kinds])
+            if self.negatives < 1:
+                negative = learned & (labels == 0)
+                dropped = negative & (uniform([one.id for one in shown], _DRAWS) >= self.negatives)
+                learn_weights = np.where(negative, weights / np.float32(self.negatives), weights)
+                learned &= ~dropped
+                self._counts["sampled_out"] += int(np.count_nonzero(dropped))
+            ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
+            self._counts["learned"] += int(np.count_nonzero(learned))
+        found = self._step(batch, np.arange(count), ops, labels, learn_weights)
+        given = [one.score for one in shown]
+        served = found
+        if given.count(None) < count:
+            served = np.array(
+                [ours if score is None else score for ours, score in zip(found, given, strict=True)], dtype=np.float32
+            )
+        judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
+        if first or not one_kind:
+            self.validation.update(
+                labels[judged],
+                served[judged],
+                weights[judged],
+                batch.times[judged],
+                first if one_kind else [kind for kind in kinds if kind],
+            )
+        scores: list[float] = found.tolist()
+        return scores
 
-    def _plan(
-        self, events: Sequence[Any], slots: Iterator[int], kinds: dict[str, int]
-    ) -> tuple[list[int], list[tuple[int, float, float]], list[int]]:
-        """What these events ask for, in order: a number for each operation, made of the slot of its row, the kind of
-        the label to judge, that label, and `SCORE` and `LEARN`. One number, since this loop is most of the trainer's
-        time.
-
-        Then the labels and weights that came with `Labeled` items, by their places in the plan; and the slots that are
-        free when all is done.
-        """
-        plan: list[int] = []
-        given: list[tuple[int, float, float]] = []
-        freed: list[int] = []
-        target, join = self.target, self.join
-        for event in events:
-            if isinstance(event, Labeled):
-                slot = next(slots)
-                given.append((len(plan), event.label, event.weight))
-                kind = kinds.setdefault(event.kind, len(kinds))
-                plan.append(slot << _SLOT | kind << _KIND | (SCORE | LEARN if event.kind == target else SCORE))
-                freed.append(slot)
-                continue
-            slot = next(slots) if isinstance(event, Impression) else -1
-            if join is not None:
-                # what its time closes came before it in the stream, and is learned before it is scored
-                for held, closed, label, _, last in join.step(event, slot):
-                    if closed:
-                        plan.append(held << _SLOT | self._closing[closed] | (_CLICKED if label else 0))
-                    if last:
-                        freed.append(held)
-            else:
-                self._counts["unjoined"] += 1
-                if slot >= 0:
-                    freed.append(slot)
-            if slot >= 0:
-                plan.append(slot << _SLOT | SCORE)
-        return plan, given, freed
+    def _plan(self, events: Sequence[Any], slots: NDArray[np.int64], kinds: dict[str, int]) -> Plan:
+        """What these events ask for, in order. `kinds`: their numbers; new ones are added."""
+        join = self.join
+        codes = event_codes(events, {}) if join is None else join.codes(events)
+        closed = None
+        if join is not None:
+            payloads = np.zeros(len(codes), dtype=np.int64)
+            payloads[codes < UNKNOWN] = slots
+            closed = join.steps(events, codes, payloads)
+        else:
+            self._counts["unjoined"] += int(np.count_nonzero(codes != PASSED))
+        given = None
+        if (codes == PASSED).any():
+            labeled = [event for event in events if isinstance(event, Labeled)]
+            given = (
+                np.array([event.label for event in labeled], dtype=np.float32),
+                np.array([event.weight for event in labeled], dtype=np.float32),
+                np.array([kinds.setdefault(event.kind, len(kinds)) for event in labeled], dtype=np.int64),
+                np.array([event.kind == self.target for event in labeled], dtype=np.bool_),
+            )
+        numbers = self._numbers, self._learned
+        return plan(codes, slots, closed, *numbers, given, self._rows.draws, self.negatives)
 
     # -- a whole source ------------------------------------------------------------------------------------------------
 
@@ -281,14 +291,29 @@ class OnlineTrainer:
         are read.
 
         SIGTERM and SIGINT end it between two micro-batches. At its end it cuts a checkpoint and publishes, if there is
-        a store and there was anything to read; an error of the source or the store ends it at once. A progress bar is
-        drawn where standard error is a terminal.
+        a store and there was anything to read; an error of the source or the store ends it at once, when what is being
+        written has been. A progress bar is drawn where standard error is a terminal.
         """
         self._lap = self._clock()
         if not self._counts["events"]:
             position = self.resume()
             if position is not None:
                 source.seek(position)
+        try:
+            interrupted = self._run(source, limit)
+        except BaseException:
+            with suppress(Exception):  # what ends the run is the first error
+                self._written()
+            raise
+        self._written()
+        self._take_lap()
+        if self.store is not None and self._counts["events"] > self._saved_events:
+            self.checkpoint(source.position())
+            self._take_lap()
+        return self.report(interrupted=interrupted)
+
+    def _run(self, source: Source, limit: int | None) -> bool:
+        """Learn from `source` and cut checkpoints on the way; true where a signal has ended it."""
         read = 0
         with stop_on_signals() as stop, tqdm(total=limit, unit=" events", unit_scale=True, disable=None) as bar:
             while not stop.is_set() and (limit is None or read < limit):
@@ -298,16 +323,16 @@ class OnlineTrainer:
                 self.push(events)
                 read += len(events)
                 bar.update(len(events))
-                if self.checkpoint_due:
+                if not self._writing() and self.checkpoint_due:
+                    if self.background and not self._saver.prepared():
+                        continue
                     self._take_lap()
-                    self.checkpoint(source.position())
+                    if self.background:
+                        self._checkpoint_behind(source.position())
+                    else:
+                        self.checkpoint(source.position())
                     bar.set_postfix(self.validation.compute(), refresh=False)
-            interrupted = stop.is_set()
-        self._take_lap()
-        if self.store is not None and self._counts["events"] > self._saved_events:
-            self.checkpoint(source.position())
-            self._take_lap()
-        return self.report(interrupted=interrupted)
+            return stop.is_set()
 
     def _take_lap(self) -> None:
         """Add to the seconds of all runs, which a checkpoint holds."""
@@ -344,23 +369,67 @@ class OnlineTrainer:
     def checkpoint(self, position: Position | None = None) -> Version:
         """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`."""
         store = self._require_store()
-        state = {**self.state_dict(), "position": position}
-        info = {"model": _description(self.model), "metrics": _plain(self.validation.compute())}
-        self.publish()  # first: a process killed between the two cuts this checkpoint again, and publishes again
-        version = store.checkpoints.write(state, info)
+        self._written()
+        version = self._write(store, *self._cut(position))
         self._saved_events = self._counts["events"]
         self._saved_time = self._clock()
         return version
 
-    def publish(self) -> Version:
-        """Save the model as a version for scorers. Raises `StoreError`."""
-        published = getattr(self.model, "published", self.model.state_dict)
+    def _checkpoint_behind(self, position: Position) -> None:
+        """Cut a checkpoint now, and have it written while the stream goes on."""
+        store, cuts = self._require_store(), self._cut(position)
+        self._saved_events = self._counts["events"]
+        self._saved_time = self._clock()
+        self._saver.start(lambda: self._write(store, *cuts))
+
+    def _writing(self) -> bool:
+        """Whether a checkpoint is being written. Raises what went wrong with the last one."""
+        try:
+            return self._saver.busy
+        except BaseException:
+            self._saved_events = 0  # nothing is known to be saved
+            raise
+
+    def _written(self) -> None:
+        """Wait for the checkpoint that is being written. Raises what went wrong with it."""
+        try:
+            self._saver.finish()
+        except BaseException:
+            self._saved_events = 0
+            raise
+
+    def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
+        """What is to be published and what is to be saved, at one instant: copies."""
+        model, base, copied = self._saver.cut(published=False)
+        info = {"model": _description(self.model), "metrics": _plain(self.validation.compute())}
+        state = {**self._state(model), "position": position}
+        return self._cut_published(), Cut(state, info, base, published=False, copied=copied)
+
+    def _cut_published(self) -> Cut:
+        model, base, copied = self._saver.cut(published=True)
         info = {
             "model": _description(self.model),
             "metrics": _plain(self.validation.compute()),
             "events": self._counts["events"],
         }
-        return self._require_store().versions.write({"model": published()}, info)
+        return Cut({"model": model}, info, base, published=True, copied=copied)
+
+    def _write(self, store: Store, published: Cut, checkpoint: Cut) -> Version:
+        """Write both, and then make the stored ones shorter where there are too many changes."""
+        # published first: a process killed between the two cuts this checkpoint again, and publishes again
+        self._saver.write(store.versions, published)
+        version = self._saver.write(store.checkpoints, checkpoint)
+        self._saver.compact(store.versions, published=True)
+        self._saver.compact(store.checkpoints, published=False)
+        return version
+
+    def publish(self) -> Version:
+        """Save the model as a version for scorers. Raises `StoreError`."""
+        shelf = self._require_store().versions
+        self._written()
+        version = self._saver.write(shelf, self._cut_published())
+        self._saver.compact(shelf, published=True)
+        return version
 
     def resume(self) -> Position | None:
         """Become what the newest good checkpoint was cut from; return the position of the source then.
@@ -374,14 +443,19 @@ class OnlineTrainer:
         version, state = found
         _require_same(self.model, version.info["model"], what=f"checkpoint {version.number}")
         self.load_state_dict(state)
+        self._saver.resumed(version)
         position: Position | None = state["position"]
         return position
 
     def state_dict(self) -> State:
         """Everything, cut now: model, open joins and their rows, preprocessors, metrics, counts, dead letters."""
+        return self._state(self.model.state_dict())
+
+    def _state(self, model: State) -> dict[str, Any]:
+        """Everything, given the model's state or its changes."""
         return {
             "format": FORMAT,
-            "model": self.model.state_dict(),
+            "model": model,
             "rows": self._rows.state_dict(),
             "join": None if self.join is None else self.join.state_dict(),
             "validate": self._validate.state_dict(),
@@ -406,6 +480,8 @@ class OnlineTrainer:
                 f"the checkpoint was cut with the preprocessors [{', '.join(saved_stages)}] and "
                 f"{'no' if state['join'] is None else 'a'} join; build the trainer as then, or use an empty store"
             )
+        self._written()
+        self._saver.forget()
         self.model.load_state_dict(state["model"])
         self._rows.load_state_dict(state["rows"])
         if self.join is not None:
