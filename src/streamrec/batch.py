@@ -52,7 +52,8 @@ class Batch:
         chosen = rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         refs = self.text_refs[chosen] if self.text_refs.size else self.text_refs
         times = self.times[chosen] if self.times.size else self.times
-        return Batch(self.ids, self.values, self.fields, self.starts[chosen], self.ends[chosen], self.texts, refs, times)
+        columns = (self.ids, self.values, self.fields)
+        return Batch(*columns, self.starts[chosen], self.ends[chosen], self.texts, refs, times)
 
     @cached_property
     def entries(self) -> NDArray[np.int64]:
