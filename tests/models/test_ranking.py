@@ -34,7 +34,7 @@ def test_whole_rows_have_the_logits_of_forward(dim: int) -> None:
     model = learned(dim)
     unseen = sr.Impression("", 0.0, "nobody", "nothing", {"genres": ["new"], "price": 3.0})
     batch = encode(SCHEMA, [*shown(40), unseen]).batch
-    found = ranking.parts(model, batch)
+    found = model.parts(batch)
     assert found.shape == (41, dim + 1) and found.dtype == np.float32
     nothing = np.zeros(dim + 1, dtype=np.float32)
     logits = ranking.logits(model, nothing, found, np.arange(41))
@@ -45,8 +45,8 @@ def test_whole_rows_have_the_logits_of_forward(dim: int) -> None:
 def test_reading_writes_nothing_and_no_place_is_made_up() -> None:
     model = learned(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = ranking.parts(model, encode(SCHEMA, shown(3)).batch)
-    assert ranking.parts(model, encode(SCHEMA, []).batch).shape == (0, 5)
+    found = model.parts(encode(SCHEMA, shown(3)).batch)
+    assert model.parts(encode(SCHEMA, []).batch).shape == (0, 5)
     for place in (-1, 3):
         with pytest.raises(IndexError, match=f"from 0 to 2, got 0 to {place}|got -1 to"):
             ranking.logits(model, found[0], found, np.array([0, place]))
@@ -197,4 +197,4 @@ def test_codes_are_near_and_of_these_items() -> None:
 
 def test_parameters_elsewhere_are_an_error_with_the_cure() -> None:
     with pytest.raises(sr.ConfigError, match=r"the parameters are on meta; call model.cpu\(\)"):
-        ranking.parts(sr.FM(SCHEMA, dim=4).to("meta"), encode(SCHEMA, shown(1)).batch)
+        sr.FM(SCHEMA, dim=4).to("meta").parts(encode(SCHEMA, shown(1)).batch)

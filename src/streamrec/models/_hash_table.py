@@ -47,19 +47,21 @@ AHEAD = 16  # of a loop over ids: slots are on their way to the cache while the 
 
 
 @compiled(inline=True)
-def lookup(key: Any, slots: Any, old: Any) -> Any:
-    """The row of an id, or a negative number."""
+def _place(key: Any, slots: Any) -> Any:
+    """Where an id stands, or else the empty slot where it would."""
     mask = len(slots) - 1
     at = key & mask
     while slots[at, 1] != 0 and slots[at, 0] != key:
         at = (at + 1) & mask
-    row = slots[at, 1] - 1
+    return at
+
+
+@compiled(inline=True)
+def lookup(key: Any, slots: Any, old: Any) -> Any:
+    """The row of an id, or a negative number."""
+    row = slots[_place(key, slots), 1] - 1
     if row < 0 and len(old) > 0:
-        mask = len(old) - 1
-        at = key & mask
-        while old[at, 1] != 0 and old[at, 0] != key:
-            at = (at + 1) & mask
-        row = old[at, 1] - 1
+        row = old[_place(key, old), 1] - 1
     return row
 
 
@@ -73,18 +75,11 @@ def room(slots: Any, owners: Any, header: Any) -> Any:
 @compiled(inline=True)
 def insert(key: Any, slots: Any, old: Any, owners: Any, header: Any) -> Any:
     """The row of an id, a new one where it has none. There must be room."""
-    mask = len(slots) - 1
-    at = key & mask
-    while slots[at, 1] != 0 and slots[at, 0] != key:
-        at = (at + 1) & mask
+    at = _place(key, slots)
     row = slots[at, 1] - 1
     if row < 0:
         if len(old) > 0:
-            old_mask = len(old) - 1
-            there = key & old_mask
-            while old[there, 1] != 0 and old[there, 0] != key:
-                there = (there + 1) & old_mask
-            row = old[there, 1] - 1
+            row = old[_place(key, old), 1] - 1
         if row < 0:
             row = header[FREE]
             if row >= 0:
@@ -104,9 +99,7 @@ def release(row: int, slots: Any, old: Any, owners: Any, header: Any) -> None:
     """Take a row from its id; the next new id gets it."""
     key = owners[row]
     mask = len(slots) - 1
-    gap = key & mask
-    while slots[gap, 1] != 0 and slots[gap, 0] != key:
-        gap = (gap + 1) & mask
+    gap = _place(key, slots)
     if slots[gap, 1] != 0:
         at = gap
         while True:  # what stands behind moves up, so that no search ends at the gap too early (Knuth 6.4, algorithm R)
@@ -119,12 +112,9 @@ def release(row: int, slots: Any, old: Any, owners: Any, header: Any) -> None:
                 gap = at
         slots[gap, 1] = 0
     if len(old) > 0:
-        mask = len(old) - 1
-        at = key & mask
-        while old[at, 1] != 0 and old[at, 0] != key:
-            at = (at + 1) & mask
-        if old[at, 1] != 0:
-            old[at, 1] = -1
+        there = _place(key, old)
+        if old[there, 1] != 0:
+            old[there, 1] = -1
     owners[row] = header[FREE]
     header[FREE] = row
     header[FREED] += 1
@@ -166,13 +156,10 @@ def release_all(rows: Any, slots: Any, old: Any, owners: Any, header: Any) -> No
 @compiled()
 def give(rows: Any, ids: Any, slots: Any, owners: Any) -> Any:
     """Give these rows, which have no id, to these ids. False where an id has a row already."""
-    mask = len(slots) - 1
     for i in range(len(rows)):
-        at = ids[i] & mask
-        while slots[at, 1] != 0:
-            if slots[at, 0] == ids[i]:
-                return False
-            at = (at + 1) & mask
+        at = _place(ids[i], slots)
+        if slots[at, 1] != 0:
+            return False
         slots[at, 0] = ids[i]
         slots[at, 1] = rows[i] + 1
         owners[rows[i]] = ids[i]
@@ -209,10 +196,7 @@ def move(count: int, slots: Any, old: Any, header: Any) -> None:
         if place + AHEAD < end:
             touch(slots, old[place + AHEAD, 0] & mask, 0)
         if old[place, 1] > 0:
-            key = old[place, 0]
-            at = key & mask
-            while slots[at, 1] != 0 and slots[at, 0] != key:
-                at = (at + 1) & mask
-            slots[at, 0] = key
+            at = _place(old[place, 0], slots)
+            slots[at, 0] = old[place, 0]
             slots[at, 1] = old[place, 1]
     header[MOVED] = end

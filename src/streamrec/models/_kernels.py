@@ -144,6 +144,23 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
     half = np.float32(0.5)
 
     @compiled(inline=True)
+    def read_only(pointers: Any) -> Any:
+        """The arrays that the forward pass reads, and its seed, of a list of pointers."""
+        return (
+            held_rows(pointers, SLOTS, 2, np.int64),
+            held_rows(pointers, OLD, 2, np.int64),
+            held_rows(pointers, TABLE, width, np.float32),
+            held(pointers, EXPIRY, np.float64),
+            held(pointers, CLOCK, np.float64),
+            held(pointers, ADMIT, np.int64),
+            held(pointers, NEW_IDS, np.int64),
+            held(pointers, STANDARDIZE, np.uint8),
+            held_rows(pointers, STATISTICS, 3, np.float64),
+            held(pointers, NUMBERS, np.float32),
+            np.uint64(pointers[SEED]),
+        )
+
+    @compiled(inline=True)
     def touch_slots(ids: Any, start: int, end: int, slots: Any) -> None:
         mask = len(slots) - 1
         for e in range(start, end):
@@ -151,7 +168,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
 
     @compiled(inline=True)
     def find_and_touch(
-        ids: Any, start: int, end: int, slots: Any, old: Any, found: Any, table: Any, expiry: Any, learns: Any
+        ids: Any, start: int, end: int, slots: Any, old: Any, found: Any, table: Any, learns: Any
     ) -> None:
         for e in range(start, end):
             at = lookup(ids[e], slots, old)
@@ -187,9 +204,11 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         seed: Any,
         scale: Any,
     ) -> Any:
-        """Σ v x in `sums`, Σ (v x)² in `squares`; returns Σ w x. Fills `where`, the row of each entry, or a negative
-        number; `shared`, 1 where that is its field's row for new ids; and `xs`, what each is multiplied by. `known`:
-        what `where` holds was found before, by and large."""
+        """Σ v x in `sums`, Σ (v x)² in `squares`; returns Σ w x, and Σ <v_i, v_j> x_i x_j of all pairs.
+
+        Fills `where`, the row of each entry, or a negative number; `shared`, 1 where that is its field's row for new
+        ids; and `xs`, what each is multiplied by. `known`: what `where` holds was found before, by and large.
+        """
         linear = zero
         for f in range(dim):
             sums[f] = zero
@@ -227,7 +246,10 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                     part = first_factor(key, f, seed, scale) * x
                     sums[f] += part
                     squares[f] += part * part
-        return linear
+        pairs = zero
+        for f in range(dim):
+            pairs += sums[f] * sums[f] - squares[f]
+        return linear, half * pairs
 
     @compiled(inline=True)
     def begin_row(key: Any, row: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
@@ -258,24 +280,14 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         no such row."""
         if not len(rows) == len(ops) == len(labels) == len(weights) == len(scores):
             return MISFIT, 0
-        slots = held_rows(pointers, SLOTS, 2, np.int64)
-        old = held_rows(pointers, OLD, 2, np.int64)
+        slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)
         owners = held(pointers, OWNERS, np.int64)
         header = held(pointers, HEAD, np.int64)
-        table = held_rows(pointers, TABLE, width, np.float32)
         touched = held(pointers, TOUCHED, np.uint8)
-        expiry = held(pointers, EXPIRY, np.float64)
         bias = held(pointers, BIAS, np.float32)
         bias_memory = held(pointers, BIAS_MEMORY, np.float32)
-        standardize = held(pointers, STANDARDIZE, np.uint8)
-        stats = held_rows(pointers, STATISTICS, 3, np.float64)
-        clock = held(pointers, CLOCK, np.float64)
-        admit = held(pointers, ADMIT, np.int64)
         ttl = held(pointers, TTL, np.float64)
-        new_ids = held(pointers, NEW_IDS, np.int64)
         sketch = held(pointers, SKETCH, np.uint8)
-        numbers = held(pointers, NUMBERS, np.float32)
-        seed = np.uint64(pointers[SEED])
         scale = numbers[0]
         fnum = numbers[1:5]
         lnum = numbers[5:9]
@@ -296,7 +308,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             touch_slots(ids, starts[rows[k]], ends[rows[k]], slots)
         if far and first < len(rows):
             then, learns = rows[first], (ops[first] & LEARN) != 0
-            find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, expiry, learns)
+            find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, learns)
         for k in range(first, len(rows)):
             row = rows[k]
             start = starts[row]
@@ -311,8 +323,8 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                     touch_slots(ids, starts[rows[k + 2]], ends[rows[k + 2]], slots)
                 then = rows[k + 1]
                 learns_then = (ops[k + 1] & LEARN) != 0
-                find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, expiry, learns_then)
-            linear = forward(
+                find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, learns_then)
+            linear, pairs = forward(
                 ids,
                 values,
                 fields,
@@ -336,10 +348,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 seed,
                 scale,
             )
-            pairs = zero
-            for f in range(dim):
-                pairs += sums[f] * sums[f] - squares[f]
-            logit = bias[0] + linear + half * pairs
+            logit = bias[0] + linear + pairs
             if not abs(logit) <= MOST:
                 scores[k] = np.float32(1.0 / (1.0 + math.exp(-min(max(bias[0], -MAX_LOGIT), MAX_LOGIT))))
                 left_out += learns
@@ -413,17 +422,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
     @compiled(fastmath=REASSOCIATE)
     def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
         """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
-        slots = held_rows(pointers, SLOTS, 2, np.int64)
-        old = held_rows(pointers, OLD, 2, np.int64)
-        table = held_rows(pointers, TABLE, width, np.float32)
-        expiry = held(pointers, EXPIRY, np.float64)
-        standardize = held(pointers, STANDARDIZE, np.uint8)
-        stats = held_rows(pointers, STATISTICS, 3, np.float64)
-        clock = held(pointers, CLOCK, np.float64)
-        admit = held(pointers, ADMIT, np.int64)
-        new_ids = held(pointers, NEW_IDS, np.int64)
-        numbers = held(pointers, NUMBERS, np.float32)
-        seed = np.uint64(pointers[SEED])
+        slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)
         longest = 1
         for row in range(len(starts)):
             longest = max(longest, ends[row] - starts[row])
@@ -434,7 +433,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         found = np.empty((len(starts), weights_end), dtype=np.float32)
         for row in range(len(starts)):
             sums = found[row]
-            linear = forward(
+            linear, pairs = forward(
                 ids,
                 values,
                 fields,
@@ -458,10 +457,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 seed,
                 numbers[0],
             )
-            pairs = zero
-            for f in range(dim):
-                pairs += sums[f] * sums[f] - squares[f]
-            found[row, dim] = linear + half * pairs
+            found[row, dim] = linear + pairs
         return found
 
     return Kernels(step, parts)

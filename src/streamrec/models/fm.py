@@ -110,12 +110,9 @@ class FM(nn.Module):
         standardize = [isinstance(f, Number) and f.standardize for f in schema]
         self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
-        self._kernels = self._compiled()
+        kinds = (rule.kind, linear.kind)
+        self._kernels = _kernels.kernels_of(dim, *kinds, admits, self._expires)
         self._new_rows(self.ids.capacity)
-
-    def _compiled(self) -> _kernels.Kernels:
-        kinds = (self.optimizer.kind, self.linear_optimizer.kind)
-        return _kernels.kernels_of(self.dim, *kinds, len(self._admit) > 0, self._expires)
 
     # -- the rows ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +157,8 @@ class FM(nn.Module):
 
     def _map(self) -> NDArray[np.int64]:
         """What the loops need to know of this model's memory; good until that moves."""
+        if self._pointers is not None:
+            return self._pointers
         self._gather()
         bias, memory, statistics = (t.detach().numpy() for t in (self.bias, self.optimizer_bias, self.statistics))
         standardize = self._standardize if self._standardize.any() else self._standardize[:0]
@@ -220,7 +219,7 @@ class FM(nn.Module):
         nothing = np.zeros(len(batch), dtype=np.float32)
         scores = np.empty(len(batch), dtype=np.float32)
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times)
-        pointers = self._map() if self._pointers is None else self._pointers
+        pointers = self._map()
         self._kernels.step(*columns, rows, np.full(len(batch), SCORE, np.int8), nothing, nothing, pointers, 0, scores)
         return scores
 
@@ -253,7 +252,7 @@ class FM(nn.Module):
             )
         done = 0
         while True:
-            pointers = self._map() if self._pointers is None else self._pointers
+            pointers = self._map()
             done, left_out = self._kernels.step(*columns, rows, ops, labels, weights, pointers, done, scores)
             self.left_out += left_out
             if done == len(rows):
@@ -265,8 +264,7 @@ class FM(nn.Module):
                     f"{span}, and {len(rows)}, {len(ops)}, {len(labels)} and {len(weights)} of them"
                 )
             self._make_room(int(batch.ends[rows[done]] - batch.starts[rows[done]]))
-        if self.ids.behind:
-            self.ids.keep_up(int((batch.ends[rows] - batch.starts[rows]).sum()))
+        if self.ids.behind and self.ids.keep_up(int((batch.ends[rows] - batch.starts[rows]).sum())):
             self._pointers = None
         return scores
 
@@ -274,9 +272,17 @@ class FM(nn.Module):
         """float32 `(rows, dim + 1)`: of the entries of each row Σ v_i x_i, and last, Σ w_i x_i and the pairs among
         them. The bias is not in it.
 
-        A row in two parts, a and b, has the logit bias + a[dim] + b[dim] + <a[:dim], b[:dim]>. Changes nothing.
+        A row in two parts, a and b, has the logit bias + a[dim] + b[dim] + <a[:dim], b[:dim]>: see `models.ranking`.
+        Ids without a row count with their first vectors, numbers that are standardised by the running statistics, as in
+        `predict`. Changes nothing.
+
+        >>> from streamrec import Id, Impression, Schema
+        >>> from streamrec.preprocessors import encode
+        >>> schema = Schema(Id("user"), Id("item"))
+        >>> FM(schema, dim=4).parts(encode(schema, [Impression("i1", 0.0, "u1", "p9")]).batch).shape
+        (1, 5)
         """
-        pointers = self._map() if self._pointers is None else self._pointers
+        pointers = self._map()
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends)
         found: NDArray[np.float32] = self._kernels.parts(*columns, pointers)
         return found

@@ -100,21 +100,28 @@ class IdTable:
     @property
     def behind(self) -> bool:
         """Whether `keep_up` has anything to do."""
-        return len(self.old) > 0 or (len(self.slots) > AT_ONCE and len(self) > len(self.slots) * 5 // 8)
-
-    def keep_up(self, entries: int) -> None:
-        """Do what a call over so many ids owes: move slots out of the table before this one, make ready the next."""
         if len(self.old):
-            _hash_table.move(4 * entries + 1024, self.slots, self.old, self.header)
-            if self.header[MOVED] == len(self.old):
-                self.old = NOTHING
-        elif self.behind:
+            return True
+        ready = self._next is not None and self._prepared == len(self._next.array)
+        return len(self.slots) > AT_ONCE and len(self) > len(self.slots) * 5 // 8 and not ready
+
+    def keep_up(self, entries: int) -> bool:
+        """Do what a call over so many ids owes: move slots out of the table before this one, make ready the next. True
+        where the table before is done with."""
+        if len(self.old):
+            _hash_table.move(4 * entries, self.slots, self.old, self.header)
+            if self.header[MOVED] < len(self.old):
+                return False
+            self.old = NOTHING
+            return True
+        if self.behind:
             if self._next is None:
                 self._next, self._prepared = Rows((2,), np.int64, 2 * len(self.slots)), 0
             # ready before thirteen sixteenths are full
-            count = min(12 * entries + 1024, len(self._next.array) - self._prepared)
+            count = min(12 * entries, len(self._next.array) - self._prepared)
             self._next.prepare(self._prepared, count)
             self._prepared += count
+        return False
 
     def _finish_moving(self) -> None:
         _hash_table.move(len(self.old), self.slots, self.old, self.header)
@@ -156,15 +163,15 @@ class IdTable:
         _hash_table.chain(free, fresh.owners, fresh.header)
         if not _hash_table.give(rows, ids[rows], fresh.slots, fresh.owners):
             raise StoreError("a saved id table holds an id twice: it was not written by streamrec, or was changed")
-        self._owners, self.header, self.slots, self.old = fresh._owners, fresh.header, fresh.slots, fresh.old
+        self.__dict__ = fresh.__dict__
 
-    def change(self, rows: Ids, ids: Ids, used: int, free: Ids) -> bool:
+    def change(self, rows: Ids, ids: Ids, used: int, free: Ids) -> None:
         """Become a table that differs from this one: `rows` belong to `ids`, `used` rows are used, `free` are free.
 
-        True where `capacity` has grown. Raises `StoreError` where an id would have two rows.
+        Raises `StoreError` where an id would have two rows.
         """
         before, freed = self.used, self.free
-        grown = self.reserve(max(used - len(self), 0))
+        self.reserve(max(used - len(self), 0))
         if len(free) or len(freed):
             kept = ~np.isin(rows, free)
             rows, ids = rows[kept], ids[kept]
@@ -182,7 +189,6 @@ class IdTable:
             raise StoreError("a change of an id table gives an id a second row: it does not belong to this state")
         self.header[USED] = used
         _hash_table.chain(free, self.owners, self.header)
-        return grown
 
 
 def _slots_for(ids: int) -> int:

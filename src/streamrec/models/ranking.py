@@ -23,12 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
-from streamrec.batch import Batch
 from streamrec.errors import ConfigError
 from streamrec.models._kernels import MAX_LOGIT, MOST, REASSOCIATE
 from streamrec.models.fm import FM
 
-__all__ = ["Codes", "best", "coded", "in_order", "logits", "parts", "probabilities", "top"]
+__all__ = ["Codes", "best", "coded", "in_order", "logits", "probabilities", "top"]
 
 Floats = NDArray[np.float32]
 Places = NDArray[np.int64]
@@ -37,22 +36,6 @@ TILE = 256  # items whose codes share their steps, and lie together, factor by f
 SMALLEST_STEP = np.float32(1e-32)  # of a code: its inverse is an ordinary float32
 SAFE = 1e37  # a sum of terms no larger in all is finite in float32, in whatever order
 NO_SUCH_PLACE = -1
-
-
-def parts(model: FM, batch: Batch) -> Floats:
-    """float32 `(rows, dim + 1)`: of the entries of each row Σ v_i x_i, and last, Σ w_i x_i and the pairs among them.
-
-    The bias is not in it. Ids without a row count with their first vectors, numbers that are standardised by the
-    running statistics, as in `FM.predict`.
-
-    >>> from streamrec import Id, Impression, Schema
-    >>> from streamrec.preprocessors import encode
-    >>> schema = Schema(Id("user"), Id("item"))
-    >>> batch = encode(schema, [Impression(id="i1", time=0.0, user="u1", item="p9")]).batch
-    >>> parts(FM(schema, dim=4), batch).shape
-    (1, 5)
-    """
-    return model.parts(batch)
 
 
 def logits(model: FM, shared: Floats, items: Floats, places: Places) -> Floats:

@@ -94,5 +94,5 @@ def with_parts(
             for begin in range(0, len(every), BLOCK)
         )
         batch, problems = encoded_in_blocks(sides(catalogue.names).own, blocks)
-    parts = ranking.parts(model, batch)
+    parts = model.parts(batch)
     return catalogue._replace(by_fm=Parts(batch, parts, ranking.coded(parts))), problems

@@ -33,7 +33,7 @@ def warm(model: Model, encoder: Encoder, sides: Callable[[frozenset[str]], Sides
     for one in shown:
         some = sides(frozenset())
         some.shared.one(one.user, one.features)
-        parts = ranking.parts(model, some.own([one]).batch)
+        parts = model.parts(some.own([one]).batch)
     items = np.repeat(parts, 32, axis=0)
     places = np.arange(len(items), dtype=np.int64)
     for k in (1, None):  # by a heap, and by a sort

@@ -234,7 +234,7 @@ class Scorer:
         batch, problems = serving.sides(names).shared.one(user, shared)
         if problems:
             self._count(problems, times)
-        part: NDArray[np.float32] = ranking.parts(serving.model, batch)[0]  # type: ignore[arg-type]
+        part: NDArray[np.float32] = serving.model.parts(batch)[0]  # type: ignore[attr-defined]
         return part
 
     def _logits(
@@ -269,7 +269,7 @@ class Scorer:
         batch, problems = serving.sides(names).own(shown)
         if problems:
             self._count(problems)
-        parts = ranking.parts(model, batch)
+        parts = model.parts(batch)
         part = self._shared(serving, names, user, shared, len(candidates))
         if kept is None:
             return ranking.logits(model, part, parts, np.arange(len(parts)))
