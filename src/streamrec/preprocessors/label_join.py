@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
 from streamrec.preprocessors import _join_kernel
-from streamrec.preprocessors._join_kernel import PASSED, SHOWN, UNKNOWN
+from streamrec.preprocessors._join_kernel import CLOSED, PASSED, SHOWN, UNKNOWN
 from streamrec.preprocessors._keyed_rows import empty_table, put_all
 from streamrec.preprocessors.hashing import packed
 from streamrec.protocols import State
 
-__all__ = ["PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event_codes"]
+__all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event_codes"]
 
 kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy can follow
 
@@ -115,7 +115,7 @@ class LabelJoin:
         # Payloads are numbers in the rows: one that is no number of its own has a negative one here.
         self._objects: dict[int, Any] = {}
         self._lowest = 0
-        self._few: NDArray[Any] = np.empty(64, dtype=kernel.CLOSED)  # for one event at a time
+        self._few: NDArray[Any] = np.empty(64, dtype=CLOSED)  # for one event at a time
 
     def __repr__(self) -> str:
         return f"LabelJoin(windows={self.windows!r}, lateness={self.lateness!r}, capacity={self.capacity!r})"
@@ -219,7 +219,7 @@ class LabelJoin:
         array([(1, 7, 0.)], dtype=...)
         """
         if not len(events):
-            return np.empty(0, dtype=kernel.CLOSED)
+            return np.empty(0, dtype=CLOSED)
         names: list[str]
         times: NDArray[np.float64]
         if {*map(type, events)} <= _USUAL:
@@ -238,7 +238,7 @@ class LabelJoin:
             times = np.array([0.0 if isinstance(event, Labeled) else event.time for event in events], dtype=np.float64)
         data, cuts = packed(names)
         done, parts = 0, []
-        closed = np.empty(2 * len(events) + 64, dtype=kernel.CLOSED)
+        closed = np.empty(2 * len(events) + 64, dtype=CLOSED)
         while True:
             done, count = kernel.advance(done, data, cuts, times, codes, payloads, *self._settings(), closed)
             parts.append(closed[:count])
@@ -255,7 +255,7 @@ class LabelJoin:
         return self._given_back(self._drained())
 
     def _drained(self) -> NDArray[Any]:
-        closed = np.empty(self.pending * len(self.kinds), dtype=kernel.CLOSED)
+        closed = np.empty(self.pending * len(self.kinds), dtype=CLOSED)
         count = kernel.close(inf, 0, self._widths, *self._memory(), closed, 0)
         return closed[:count]
 
@@ -279,7 +279,7 @@ class LabelJoin:
                 self._earlies, self._early_table, self._expiring, size
             )
             numbers[kernel.FREE_EARLY] = _chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
-        return np.empty(2 * more + 64 + max(0, self.pending + more - self.capacity), dtype=kernel.CLOSED)
+        return np.empty(2 * more + 64 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
 
     def _number(self, payload: Any) -> int:
         if type(payload) is int and 0 <= payload < 2**63:

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from streamrec._compile import compiled
 from streamrec.batch import Batch
 from streamrec.events import Impression
 from streamrec.preprocessors import Encoder
 from streamrec.preprocessors.encode import Encoded, Problem
-from streamrec.preprocessors.hashing import hash_bytes, joined, xxh64
-from streamrec.schema import Id, Schema
+from streamrec.schema import Schema
 
 __all__ = ["Side", "Sides", "encoded_in_blocks"]
 
@@ -27,12 +25,6 @@ class Side:
         # the hashes are seeded by the fields' names and the schema's seed: they are the same in a schema of a part
         self._encoder = Encoder(Schema(*fields, seed=schema.seed)) if fields else None
         self._places = np.array([*places, *(len(schema) + place for place in places)], dtype=np.int32)
-        self._texts = tuple(field.name for field in fields) if all(isinstance(field, Id) for field in fields) else ()
-        count = len(self._texts)
-        seeds = [hash_bytes(name.encode(), schema.seed) for name in self._texts]
-        self._seeds = np.array(seeds, dtype=np.uint64)
-        # all of a row of texts but their hashes
-        self._row = (np.ones(count, dtype=np.float32), self._places[:count], *np.array([[0], [count]], dtype=np.int64))
 
     def __call__(self, impressions: Sequence[Impression]) -> Encoded:
         if self._encoder is None:
@@ -41,21 +33,8 @@ class Side:
         return Encoded(Batch(batch.ids, batch.values, self._places[batch.fields], batch.starts, batch.ends), problems)
 
     def one(self, user: str, features: Mapping[str, Any]) -> Encoded:
-        """A single row, as `__call__` has it; a third of the time where all its fields are texts."""
-        texts: list[Any] = [user if name == "user" else features.get(name) for name in self._texts]
-        if texts and set(map(type, texts)) == {str}:
-            return Encoded(Batch(_hashes(*joined(texts), self._seeds), *self._row), ())
+        """A single row, as `__call__` has it, of a request without an item."""
         return self([Impression(id="", time=0.0, user=user, item="", features=features)])
-
-
-@compiled()
-def _hashes(data: Any, cuts: Any, seeds: Any) -> Any:
-    ids = np.empty(len(cuts), dtype=np.int64)
-    begin = 0
-    for k in range(len(cuts)):
-        ids[k] = np.int64(xxh64(data, begin, cuts[k], seeds[k]))
-        begin = cuts[k] + 1
-    return ids
 
 
 class Sides:

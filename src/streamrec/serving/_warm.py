@@ -10,8 +10,8 @@ from streamrec.events import Impression
 from streamrec.models import FM, ranking
 from streamrec.preprocessors import Encoder
 from streamrec.protocols import Model
-from streamrec.schema import Id, Ids, Schema
-from streamrec.serving._sides import Side, Sides
+from streamrec.schema import Ids
+from streamrec.serving._sides import Sides
 
 __all__ = ["warm"]
 
@@ -29,7 +29,6 @@ def warm(model: Model, encoder: Encoder, sides: Callable[[frozenset[str]], Sides
     model.predict(encoder(shown).batch)
     if type(model) is not FM:
         return
-    Side(Schema(Id("user")), frozenset({"user"})).one("", {})
     for one in shown:
         some = sides(frozenset())
         some.shared.one(one.user, one.features)

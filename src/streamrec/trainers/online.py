@@ -196,15 +196,7 @@ class OnlineTrainer:
         found = _NO_SCORES
         if len(todo.rows):
             found = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)[todo.scored]
-        # the score that was served, where a service has served one: it is the one to be judged
-        served = [impression.score for impression in shown]
-        if served.count(None) < len(served):
-            self._rows.served[slots] = [
-                ours if score is None else score for ours, score in zip(found, served, strict=True)
-            ]
-        else:
-            self._rows.served[slots] = found
-
+        self._rows.served[slots] = _served(found, shown)
         if len(todo.judged_rows):
             which = todo.judged_kinds
             names = list(kinds_here)
@@ -243,12 +235,7 @@ class OnlineTrainer:
             ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
             self._counts["learned"] += int(np.count_nonzero(learned))
         found = self._step(batch, np.arange(count), ops, labels, learn_weights)
-        given = [one.score for one in shown]
-        served = found
-        if given.count(None) < count:
-            served = np.array(
-                [ours if score is None else score for ours, score in zip(found, given, strict=True)], dtype=np.float32
-            )
+        served = _served(found, shown)
         judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
             self.validation.update(
@@ -500,6 +487,14 @@ class OnlineTrainer:
         if self.store is None:
             raise ConfigError('this trainer keeps nothing: give it a store, such as store="runs/ctr"')
         return self.store
+
+
+def _served(found: NDArray[np.float32], shown: Sequence[Impression]) -> NDArray[np.float32]:
+    """The scores to be judged: those that were served, where a service has served one, else what was `found`."""
+    given = [impression.score for impression in shown]
+    if given.count(None) == len(given):
+        return found
+    return np.array([ours if one is None else one for ours, one in zip(found, given, strict=True)], dtype=np.float32)
 
 
 def _places(checked: Sequence[Item], kept: Sequence[Any]) -> list[int]:

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
+from streamrec.preprocessors.label_join import CLOSED, PASSED, UNKNOWN
 from streamrec.protocols import LEARN, SCORE
 
 __all__ = ["Plan", "plan"]
 
-_FEEDBACK, _LABELED = -1, -3  # codes as `LabelJoin.codes` gives them: an impression is between the two
 _SCORE, _LEARN, _BOTH = np.int8(SCORE), np.int8(LEARN), np.int8(SCORE | LEARN)
 
 
@@ -69,7 +69,7 @@ def plan(
     ops = np.empty(most, dtype=np.int8)
     lay_out: Any = _lay_out  # mypy cannot follow so many unpacked arguments
     done, judged, free, learned, sampled_out = lay_out(
-        *(codes, slots, here["event"], here["payload"], here["kind"], here["label"], here["last"], closed is None),
+        *(codes, slots, here, closed is None),
         *(kinds, target, *(given or _NONE_GIVEN), draws, np.float32(negatives)),
         *(rows, ops, labels, weights, scored, judged_rows, judged_labels, judged_weights, judged_kinds, freed),
     )
@@ -83,18 +83,14 @@ def plan(
 _NO_FLOATS, _NO_NUMBERS = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
 _NONE_GIVEN = _NO_FLOATS, _NO_FLOATS, _NO_NUMBERS, np.empty(0, dtype=np.bool_)
 _NONE_JUDGED = _NO_NUMBERS, _NO_FLOATS, _NO_FLOATS, _NO_NUMBERS, _NO_NUMBERS
-_NOTHING = np.empty(0, dtype=[("event", "i8"), ("payload", "i8"), ("kind", "i4"), ("label", "f4"), ("last", "?")])
+_NOTHING = np.empty(0, dtype=CLOSED)
 
 
 @compiled()
 def _lay_out(
     codes: Any,
     slots: Any,
-    events: Any,
-    payloads: Any,
-    closed_kinds: Any,
-    closed_labels: Any,
-    lasts: Any,
+    closed: Any,
     unjoined: bool,
     kinds: Any,
     target: int,
@@ -120,10 +116,9 @@ def _lay_out(
     one = np.float32(1.0)
     for n in range(len(codes)):
         # what its time closes came before the event in the stream, and is learned before it is scored
-        while at < len(events) and events[at] == n:
-            row, kind = payloads[at], closed_kinds[at]
+        while at < len(closed) and closed[at].event == n:
+            row, kind, label = closed[at].payload, closed[at].kind, closed[at].label
             if kind >= 0:
-                label = closed_labels[at]
                 judged_rows[judged], judged_labels[judged] = row, label
                 judged_weights[judged], judged_kinds[judged] = one, kinds[kind]
                 judged += 1
@@ -139,17 +134,17 @@ def _lay_out(
                         learned += 1
                     else:
                         sampled_out += 1
-            if lasts[at]:
+            if closed[at].last:
                 freed[free] = row
                 free += 1
             at += 1
-        if codes[n] >= _FEEDBACK:
+        if codes[n] >= UNKNOWN:  # feedback
             continue
         row = slots[shown]
         scored[shown] = done
         shown += 1
         rows[done], ops[done], labels[done], weights[done] = row, _SCORE, np.float32(0.0), one
-        if codes[n] == _LABELED:
+        if codes[n] == PASSED:  # a labeled example
             label, weight, learns = given_labels[known], given_weights[known], given_learned[known]
             labels[done] = label
             if given_kinds[known]:
