@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import shutil
@@ -331,21 +330,11 @@ def test_a_damaged_chain_is_not_compacted(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("call", range(1, 5))
-def test_a_full_disk_leaves_the_chain_as_it_was(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+def test_a_full_disk_leaves_the_chain_as_it_was(shelf: Shelf, full_disk: Any, call: int) -> None:
     states = chain(shelf, 5, rows=20)
     files = sorted(os.listdir(shelf.uri))
-    calls = itertools.count(1)
-    fsync = os.fsync
-
-    def full(descriptor: int) -> None:
-        if next(calls) >= call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match=r"cannot write to .*free some space"):
-            shelf.compact()
+    with full_disk(call), pytest.raises(StoreError, match=r"cannot write to .*free some space"):
+        shelf.compact()
 
     if call < 4:
         assert sorted(os.listdir(shelf.uri)) == files

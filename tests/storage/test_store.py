@@ -272,21 +272,14 @@ def test_a_place_that_cannot_be_written_is_named_with_the_cure(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("call", range(1, 5))
-def test_a_full_disk_leaves_the_one_before(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+def test_a_full_disk_leaves_the_one_before(shelf: Shelf, full_disk: Any, call: int) -> None:
     shelf.write({"step": 1})
     before = files(shelf)
-    calls = itertools.count(1)
-    fsync = os.fsync
-
-    def full(descriptor: int) -> None:
-        if next(calls) >= call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match=rf"cannot write to {shelf.uri}: .*No space left.*free some space"):
-            shelf.write({"step": 2})
+    with (
+        full_disk(call),
+        pytest.raises(StoreError, match=rf"cannot write to {shelf.uri}: .*No space left.*free some space"),
+    ):
+        shelf.write({"step": 2})
 
     if call < 4:
         assert files(shelf) == before

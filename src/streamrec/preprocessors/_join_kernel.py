@@ -95,30 +95,13 @@ ARRIVALS, OPENED, RECENT, WAITING, FREE_OPEN, FREE_EARLY = range(len(REASONS), N
 
 @compiled()
 def advance(
-    begin: int,
-    data: Any,
-    cuts: Any,
-    times: Any,
-    codes: Any,
-    payloads: Any,
-    windows: Any,
-    lateness: float,
-    capacity: int,
-    forever: float,
-    watermark: Any,
-    numbers: Any,
-    opens: Any,
-    open_table: Any,
-    recent: Any,
-    queues: Any,
-    earlies: Any,
-    early_table: Any,
-    expiring: Any,
-    closed: Any,
+    begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: Any, settings: Any, memory: Any, closed: Any
 ) -> Any:
     """Take the events from number `begin` on; write what their times close to `closed`.
 
-    Returns the number of the event to go on with when there is room again, and how much is in `closed`.
+    `settings`: windows, lateness, capacity, the time that none may reach, the watermark. `memory`: numbers; of open
+    impressions their rows, table, heap and queues; of early feedback its rows, table and heap. Returns the number of
+    the event to go on with when there is room again, and how much is in `closed`.
     """
     count = 0
     first = 0
@@ -126,29 +109,7 @@ def advance(
         end = end_of(data, first, cuts, n)
         if n >= begin and codes[n] != PASSED:
             high, low = key_of(data, first, end)
-            done, count = _take(
-                n,
-                high,
-                low,
-                times[n],
-                codes[n],
-                payloads[n],
-                windows,
-                lateness,
-                capacity,
-                forever,
-                watermark,
-                numbers,
-                opens,
-                open_table,
-                recent,
-                queues,
-                earlies,
-                early_table,
-                expiring,
-                closed,
-                count,
-            )
+            done, count = _take(n, high, low, times[n], codes[n], payloads[n], settings, memory, closed, count)
             if not done:
                 return n, count
         first = end + 1
@@ -156,51 +117,10 @@ def advance(
 
 
 @compiled()
-def advance_one(
-    data: Any,
-    time: float,
-    code: int,
-    payload: int,
-    windows: Any,
-    lateness: float,
-    capacity: int,
-    forever: float,
-    watermark: Any,
-    numbers: Any,
-    opens: Any,
-    open_table: Any,
-    recent: Any,
-    queues: Any,
-    earlies: Any,
-    early_table: Any,
-    expiring: Any,
-    closed: Any,
-) -> Any:
+def advance_one(data: Any, time: float, code: int, payload: int, settings: Any, memory: Any, closed: Any) -> Any:
     """`advance` with one event, `data` its id. Returns whether there was room for it, and how much is in `closed`."""
     high, low = key_of(data, 0, len(data))
-    return _take(
-        0,
-        high,
-        low,
-        time,
-        code,
-        payload,
-        windows,
-        lateness,
-        capacity,
-        forever,
-        watermark,
-        numbers,
-        opens,
-        open_table,
-        recent,
-        queues,
-        earlies,
-        early_table,
-        expiring,
-        closed,
-        0,
-    )
+    return _take(0, high, low, time, code, payload, settings, memory, closed, 0)
 
 
 # inlined: as a call it would count references to nine arrays, for each event
@@ -212,23 +132,14 @@ def _take(
     time: float,
     code: int,
     payload: int,
-    windows: Any,
-    lateness: float,
-    capacity: int,
-    forever: float,
-    watermark: Any,
-    numbers: Any,
-    opens: Any,
-    open_table: Any,
-    recent: Any,
-    queues: Any,
-    earlies: Any,
-    early_table: Any,
-    expiring: Any,
+    settings: Any,
+    memory: Any,
     closed: Any,
     count: int,
 ) -> Any:
     """Take an event, or as much of what it closes as there is room for; taken again, it goes on from there."""
+    windows, lateness, capacity, forever, watermark = settings
+    numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
     if not (watermark[0] <= time < forever):  # so nan is late too
         if code == SHOWN:
             if count == len(closed):
@@ -240,21 +151,7 @@ def _take(
         return True, count
     if time - lateness > watermark[0]:
         watermark[0] = time - lateness
-    count = close(
-        watermark[0],
-        n,
-        windows,
-        numbers,
-        opens,
-        open_table,
-        recent,
-        queues,
-        earlies,
-        early_table,
-        expiring,
-        closed,
-        count,
-    )
+    count = close(watermark[0], n, windows, memory, closed, count)
     # more may be due, and what follows needs room
     if len(closed) - count < 1 + max(0, numbers[OPENED] + 1 - capacity):
         return False, count
@@ -291,22 +188,9 @@ def _take(
 
 
 @compiled(inline=True)
-def close(
-    watermark: float,
-    event: int,
-    windows: Any,
-    numbers: Any,
-    opens: Any,
-    open_table: Any,
-    recent: Any,
-    queues: Any,
-    earlies: Any,
-    early_table: Any,
-    expiring: Any,
-    closed: Any,
-    count: int,
-) -> int:
+def close(watermark: float, event: int, windows: Any, memory: Any, closed: Any, count: int) -> int:
     """Write what closes before `watermark` to `closed`, as much as it has room for; returns how much is in it."""
+    numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
     while numbers[RECENT] and opens[recent[0]].time < watermark:
         row = pop(recent, numbers[RECENT], opens)
         numbers[RECENT] -= 1

@@ -187,13 +187,13 @@ class LabelJoin:
         else:
             id, code, number = event.impression_id, self._code.get(event.kind, UNKNOWN), 0
         data = id.encode("utf-8", "surrogatepass")
-        done, count = kernel.advance_one(data, float(event.time), code, number, *self._settings(), self._few)
+        done, count = kernel.advance_one(data, float(event.time), code, number, *self._state(), self._few)
         if done:
             return self._given_back(self._few[:count]) if count else _NONE
         found = list(self._given_back(self._few[:count]))
         while not done:
             closed = self._room(1)
-            done, count = kernel.advance_one(data, float(event.time), code, number, *self._settings(), closed)
+            done, count = kernel.advance_one(data, float(event.time), code, number, *self._state(), closed)
             found += self._given_back(closed[:count])
         return found
 
@@ -240,7 +240,7 @@ class LabelJoin:
         done, parts = 0, []
         closed = np.empty(2 * len(events) + 64, dtype=CLOSED)
         while True:
-            done, count = kernel.advance(done, data, cuts, times, codes, payloads, *self._settings(), closed)
+            done, count = kernel.advance(done, data, cuts, times, codes, payloads, *self._state(), closed)
             parts.append(closed[:count])
             if done == len(events):
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -256,15 +256,16 @@ class LabelJoin:
 
     def _drained(self) -> NDArray[Any]:
         closed = np.empty(self.pending * len(self.kinds), dtype=CLOSED)
-        count = kernel.close(inf, 0, self._widths, *self._memory(), closed, 0)
+        count = kernel.close(inf, 0, self._widths, self._memory(), closed, 0)
         return closed[:count]
 
     def _memory(self) -> Any:
         opens = self._opens, self._open_table, self._recent, self._queues
         return self._numbers, *opens, self._earlies, self._early_table, self._expiring
 
-    def _settings(self) -> Any:
-        return self._widths, self.lateness, min(self.capacity, 2**62), _FOREVER, self._watermark, *self._memory()
+    def _state(self) -> Any:
+        settings = self._widths, self.lateness, min(self.capacity, 2**62), _FOREVER, self._watermark
+        return settings, self._memory()
 
     def _room(self, more: int) -> NDArray[Any]:
         """Free rows for `more` impressions and as much feedback, and records for what they may close."""
