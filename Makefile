@@ -32,7 +32,7 @@ docs: .venv/.docs
 	@echo "docs/_build/html/index.html"
 
 soak: .venv
-	$(BIN)/python -m pytest -m soak tests/soak
+	$(BIN)/python -m pytest -m soak tests
 
 # The stamps are written last, so that an install that was cut short is done again.
 .venv: .venv/.made

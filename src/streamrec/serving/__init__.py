@@ -1,6 +1,7 @@
 """Serving: scores and rankings from published versions."""
 
 from streamrec.serving.candidates import Candidate, Ranked, Shortlist
+from streamrec.serving.notifier import StoreNotifier
 from streamrec.serving.scorer import Scorer
 
-__all__ = ["Candidate", "Ranked", "Scorer", "Shortlist"]
+__all__ = ["Candidate", "Ranked", "Scorer", "Shortlist", "StoreNotifier"]

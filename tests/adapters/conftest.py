@@ -1,0 +1,3 @@
+"""The worker is a program of its own, started by the tests."""
+
+collect_ignore = ["worker.py"]

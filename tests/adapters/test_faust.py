@@ -1,0 +1,240 @@
+"""The Faust adapter, in real workers on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("faust")
+
+import faust
+
+import streamrec as sr
+from streamrec.adapters.faust import score, train
+from streamrec.errors import ConfigError
+from streamrec.events import encode_event
+from tests.kafka.broker import committed, free_port, new_topic, receive, run, send, wait_until
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM and SIGKILL")
+
+WORKER = Path(__file__).with_name("worker.py")
+Worker = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def labeled(count: int, partitions: int = 4, start: int = 0) -> list[tuple[int, bytes | None]]:
+    shown = [sr.Impression(f"i{n}", 1000.0 + n, f"u{n % 97}", f"p{n % 13}") for n in range(start, start + count)]
+    return [(n % partitions, encode_event(sr.Labeled(one, float(n % 7 == 0)))) for n, one in enumerate(shown)]
+
+
+@pytest.fixture
+def worker(tansu: str, tmp_path: Path) -> Iterator[Worker]:
+    """Starts a worker with these settings; all are gone at the test's end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**settings: Any) -> subprocess.Popen[bytes]:
+        number = len(started)
+        given = {"APP_ID": f"app-{tmp_path.name}", "BROKER": tansu, "STORE": str(tmp_path / "store")}
+        given |= {"DATADIR": str(tmp_path / f"data{number}"), **{name: str(one) for name, one in settings.items()}}
+        with (tmp_path / f"worker{number}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(WORKER), "worker", "-l", "info"],
+                    env={**os.environ, "PYTHONWARNINGS": "default", **given},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for one in started:
+            with suppress(ProcessLookupError):
+                one.kill()
+            one.wait()
+
+
+def saved(store: Path) -> dict[str, Any]:
+    found = sr.Store(store).checkpoints.read()
+    return {} if found is None else found[1]
+
+
+def newest(store: Path) -> int:
+    """The number of the newest checkpoint on disk, by its name alone."""
+    return max((int(path.stem) for path in (store / "checkpoints").glob("*.json")), default=0)
+
+
+def read_all(store: Path, topic: str, count: int) -> bool:
+    return sum(saved(store).get("position", {}).get(topic, {}).values()) == count
+
+
+@pytest.mark.parametrize(("kills", "total"), [(1, 10_000), pytest.param(6, 60_000, marks=pytest.mark.soak)])
+def test_each_event_is_learned_once_though_workers_die_and_join(
+    worker: Worker,
+    tansu: str,
+    tmp_path: Path,
+    kills: int,
+    total: int,
+) -> None:
+    topic, dead = new_topic(tansu, 4), new_topic(tansu)
+    values = labeled(total)
+    values[50:50] = [(2, b'{"type": '), (2, b"x" * 900_000)]
+    send(tansu, topic, values)
+    store = tmp_path / "store"
+    settings = {"TOPIC": topic, "DEAD": dead, "EVERY": 1000, "SLOW": 0.05}
+    workers = {n: worker(**settings) for n in range(2)}  # one learns, one stands by
+    for number in range(kills):
+        before = newest(store)
+        wait_until(lambda: newest(store) > before + number % 3, 120)  # noqa: B023
+        owners = [n for n in workers if b"owns" in (tmp_path / f"worker{n}.log").read_bytes()]
+        assert len(owners) == 1, "one learns, the other one stands by"
+        killed = workers.pop(owners[0])
+        killed.kill()
+        killed.wait()
+        workers[number + 2] = worker(**settings)  # and another joins
+    wait_until(lambda: read_all(store, topic, total + 2), 300)
+    state = saved(store)
+    assert state["counts"]["learned"] == state["counts"]["impressions"] == total
+    assert state["counts"]["events"] == total + 2, "no message was read twice, the bad ones neither"
+    assert state["dead_letters"]["counts"] == {"malformed": 2}
+    wait_until(lambda: sum(o or 0 for o in committed(tansu, f"app-{tmp_path.name}-{topic}-trainer", topic, 4).values()))
+    letters = receive(tansu, dead, 2)
+    headers = [dict(one.headers) for one in letters]
+    assert {one["offset"] for one in headers} == {b"12", b"13"}
+    assert all(one["topic"] == topic.encode() and one["partition"] == b"2" for one in headers)
+    assert all(one["reason"].startswith(b"malformed: ") for one in headers)
+    assert {one.value for one in letters} == {value for _, value in values[50:52]}
+
+
+def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
+    worker: Worker,
+    tansu: str,
+    tmp_path: Path,
+) -> None:
+    topic, notices = new_topic(tansu, 4), new_topic(tansu)
+    send(tansu, topic, labeled(3000))
+    one = worker(TOPIC=topic, NOTICES=notices, EVERY=2000, WEB_PORT=(port := free_port()))
+    store = tmp_path / "store"
+    wait_until(lambda: newest(store) >= 1, 120)
+    page = f"http://127.0.0.1:{port}/"
+    wait_until(lambda: "streamrec_checkpoints" in fetch(page))
+    send(tansu, topic, labeled(1000, start=3000))
+    began = time.monotonic()
+    one.send_signal(signal.SIGTERM)
+    one.wait(60)
+    took = time.monotonic() - began
+    group = f"app-{tmp_path.name}-{topic}-trainer"
+    state = saved(store)
+    assert committed(tansu, group, topic, 4) == {int(n): o for n, o in state["position"][topic].items()}
+    assert state["counts"]["learned"] == state["counts"]["events"] == sum(state["position"][topic].values())
+    assert json.loads(receive(tansu, notices, 1)[0].value)["version"] == 1
+    assert took < 5.0, "on a machine that is not overloaded it takes half a second"
+
+
+def fetch(page: str) -> str:
+    try:
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
+    except OSError:
+        return ""
+
+
+def test_requests_are_answered_and_bad_ones_told(worker: Worker, tansu: str, tmp_path: Path) -> None:
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4), store=tmp_path / "store")
+    shown = [sr.Impression(f"i{n}", float(n), "u1", f"p{n % 3}") for n in range(300)]
+    trainer.push([sr.Labeled(one, float(one.item == "p2")) for one in shown])
+    trainer.publish()
+    requests, responses, dead = (new_topic(tansu) for _ in range(3))
+    worker(REQUESTS=requests, RESPONSES=responses, DEAD=dead)
+    sent = [
+        b'{"id": "r1", "user": "u1", "candidates": ["p0", "p2", {"item": "p1"}], "k": 2}',
+        b"not JSON",
+        b'{"id": "r2", "user": "u1"}',
+        b'{"id": "r3", "user": "u1", "candidates": ["p1"]}',
+    ]
+    send(tansu, requests, [(0, one) for one in sent])
+    answers = {one.key: json.loads(one.value) for one in receive(tansu, responses, 3, 120)}
+    assert answers[b"r1"]["items"][0] == "p2" and len(answers[b"r1"]["scores"]) == 2 and answers[b"r1"]["version"] == 1
+    assert answers[b"r2"]["error"].startswith("bad request: Object missing required field `candidates`")
+    assert answers[b"r3"]["items"] == ["p1"]
+    assert {one.value for one in receive(tansu, dead, 2)} == {sent[1], sent[2]}
+
+
+def test_profiles_come_back_from_their_changelog(worker: Worker, tansu: str) -> None:
+    topic, port = new_topic(tansu), free_port()
+    shown = [sr.Impression(f"i{n}", 1000.0 + 100 * n, "u1", "p1") for n in range(4)]
+    send(tansu, topic, [(0, encode_event(sr.Labeled(one, float(n > 1)))) for n, one in enumerate(shown)])
+    page = f"http://127.0.0.1:{port}/profile/u1/"
+    first = worker(PROFILES=topic, WEB_PORT=port)
+    wait_until(lambda: '"impressions":4' in fetch(page).replace(" ", ""), 120)
+    told = json.loads(fetch(page))
+    assert told == {"impressions": 4, "clicks": 2.0, "shown": 1.875, "clicked": 1.5, "time": 1300.0}
+    first.send_signal(signal.SIGTERM)
+    first.wait(60)
+    worker(PROFILES=topic, WEB_PORT=port)
+    wait_until(lambda: fetch(page) and json.loads(fetch(page)) == told, 120)
+
+
+def test_the_loop_is_not_blocked_while_it_learns_and_saves(tansu: str, tmp_path: Path) -> None:
+    topic, total = new_topic(tansu, 4), 30_000
+    send(tansu, topic, labeled(total))
+    schema = sr.Schema(sr.Id("user"), sr.Id("item"))
+
+    def make(store: str) -> sr.OnlineTrainer:
+        return sr.OnlineTrainer(
+            model=sr.FM(schema, dim=4), metrics=[sr.AUC()], store=tmp_path / store, checkpoint_every=5000
+        )
+
+    warm = make("warm")  # what is to be compiled is compiled
+    warm.push([sr.Labeled(sr.Impression("i", 1000.0, "u", "p"), 1.0)])
+    warm.checkpoint({})
+
+    async def main() -> tuple[list[float], int]:
+        app = faust.App(
+            "ticking", broker=f"kafka://{tansu}", store="memory://", datadir=str(tmp_path / "data"), web_enabled=False,
+            broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
+        )  # fmt: skip
+        trainer = make("store")
+        train(app, topic, trainer)
+        await app.start()
+        late: list[float] = []
+        while app.monitor.metric_counts["streamrec_events"] < total:
+            before, used = time.perf_counter(), time.thread_time()
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - before - 0.01)
+            assert used >= 0
+        await app.stop()
+        return late, trainer.report().counts["learned"]
+
+    late, learned = run(main())
+    assert learned == total
+    # the machine may be busy: then the odd tick is late, whoever blocks
+    assert sorted(late)[int(0.98 * len(late))] < 0.05, sorted(late)[-10:]
+
+
+def test_what_cannot_work_is_told_when_it_is_registered(tmp_path: Path) -> None:
+    app = faust.App("wrong", broker="kafka://127.0.0.1:9", store="memory://", datadir=str(tmp_path))
+    model = sr.FM(sr.Schema(sr.Id("user")), dim=2)
+    with pytest.raises(ConfigError, match="give it a store"):
+        train(app, "t", sr.OnlineTrainer(model=model))
+    trainer = sr.OnlineTrainer(model=model, store=tmp_path / "store")
+    with pytest.raises(ConfigError, match="batch must be >= 1"):
+        train(app, "t", trainer, batch=0)
+    with pytest.raises(ConfigError, match=r"topic must be a name, or app.topic\(\) of one name"):
+        train(app, app.topic("a", "b"), trainer)
+    with pytest.raises(ConfigError, match="topic must be a name"):
+        score(app, "", "responses", None)  # type: ignore[arg-type]

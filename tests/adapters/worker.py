@@ -1,0 +1,64 @@
+"""A Faust app as a user would write it: `python worker.py worker`, its settings in the environment."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import faust
+
+import streamrec as sr
+from streamrec.adapters.faust import profiles, score, train
+
+env = os.environ
+app = faust.App(
+    env["APP_ID"],
+    broker=f"kafka://{env['BROKER']}",
+    store="memory://",
+    datadir=env["DATADIR"],
+    broker_session_timeout=4.0,
+    broker_heartbeat_interval=0.5,
+    web_port=int(env.get("WEB_PORT", "6066")),
+    web_enabled="WEB_PORT" in env,
+    debug="WEB_PORT" in env,  # Faust shows its counters only then
+    producer_max_batch_size=1,  # for tansu, which tells ends too low: a table would come back short
+    stream_wait_empty=False,
+)
+schema = sr.Schema(sr.Id("user"), sr.Id("item"))
+
+
+class Slow(sr.Dedup):
+    """So that there is something left to kill; and a Dedup that forgets nothing, to tell what came twice."""
+
+    def push(self, events):  # type: ignore[no-untyped-def]
+        time.sleep(float(env.get("SLOW", "0")))
+        return super().push(events)
+
+
+trainer = sr.OnlineTrainer(
+    model=sr.FM(schema, dim=4),
+    preprocessors=[Slow(ttl=1e9, capacity=1_000_000)],
+    metrics=[sr.CTR()],
+    store=env["STORE"],
+    checkpoint_every=int(env.get("EVERY", "2000")),
+    checkpoint_seconds=1.0,
+)
+# compiled before the loop runs
+sr.OnlineTrainer(model=sr.FM(schema, dim=4)).push([sr.Labeled(sr.Impression("i", 1000.0, "u", "p"), 1.0)])
+
+if "TOPIC" in env:
+    train(
+        app, env["TOPIC"], trainer, seconds=0.2, dead_letters=env.get("DEAD"), notices=env.get("NOTICES"), timeout=60.0
+    )
+if "REQUESTS" in env:
+    score(app, env["REQUESTS"], env["RESPONSES"], sr.Scorer(env["STORE"]), dead_letters=env.get("DEAD"))
+if "PROFILES" in env:
+    table = profiles(app, env["PROFILES"], name="profiles", half_life=100.0, partitions=1)
+
+    @app.page("/profile/{user}/")
+    async def profile(self, request, user):  # type: ignore[no-untyped-def]
+        return self.json(table.get(user))
+
+
+if __name__ == "__main__":
+    app.main()
