@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,8 +25,9 @@ import faust
 import streamrec as sr
 from streamrec.adapters.faust import score, train
 from streamrec.errors import ConfigError
-from streamrec.events import encode_event
+from streamrec.events import decode_event, encode_event
 from tests.kafka.broker import committed, free_port, new_topic, receive, run, send, wait_until
+from tests.kafka.same import assert_same
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM and SIGKILL")
 
@@ -81,27 +83,37 @@ def read_all(store: Path, topic: str, count: int) -> bool:
     return sum(saved(store).get("position", {}).get(topic, {}).values()) == count
 
 
-@pytest.mark.parametrize(("kills", "total"), [(1, 10_000), pytest.param(6, 60_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("kills", "total", "partitions"),
+    [
+        (2, 8_000, 4),
+        pytest.param(10, 100_000, 4, marks=pytest.mark.soak),
+        pytest.param(10, 100_000, 1, marks=pytest.mark.soak),
+    ],
+)
 def test_each_event_is_learned_once_though_workers_die_and_join(
     worker: Worker,
     tansu: str,
     tmp_path: Path,
     kills: int,
     total: int,
+    partitions: int,
 ) -> None:
-    topic, dead = new_topic(tansu, 4), new_topic(tansu)
-    values = labeled(total)
-    values[50:50] = [(2, b'{"type": '), (2, b"x" * 900_000)]
+    topic, dead = new_topic(tansu, partitions), new_topic(tansu)
+    values = labeled(total, partitions)
+    poisoned = partitions // 2
+    values[50:50] = [(poisoned, b'{"type": '), (poisoned, b"x" * 900_000)]
     send(tansu, topic, values)
     store = tmp_path / "store"
-    settings = {"TOPIC": topic, "DEAD": dead, "EVERY": 1000, "SLOW": 0.05}
+    settings = {"TOPIC": topic, "DEAD": dead, "EVERY": 1000, "SLOW": 0.1}
     workers = {n: worker(**settings) for n in range(2)}  # one learns, one stands by
     for number in range(kills):
         before = newest(store)
-        wait_until(lambda: newest(store) > before + number % 3, 120)  # noqa: B023
+        wait_until(lambda: newest(store) > before + number % 2, 120)  # noqa: B023
+        time.sleep(random.Random(number).uniform(0.0, 0.3))  # amid a batch, or amid a write
         owners = [n for n in workers if b"owns" in (tmp_path / f"worker{n}.log").read_bytes()]
-        assert len(owners) == 1, "one learns, the other one stands by"
-        killed = workers.pop(owners[0])
+        assert owners, "one learns, the other one stands by"
+        killed = workers.pop(owners[-1])
         killed.kill()
         killed.wait()
         workers[number + 2] = worker(**settings)  # and another joins
@@ -110,13 +122,74 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
     assert state["counts"]["learned"] == state["counts"]["impressions"] == total
     assert state["counts"]["events"] == total + 2, "no message was read twice, the bad ones neither"
     assert state["dead_letters"]["counts"] == {"malformed": 2}
-    wait_until(lambda: sum(o or 0 for o in committed(tansu, f"app-{tmp_path.name}-{topic}-trainer", topic, 4).values()))
+    group = f"app-{tmp_path.name}-{topic}-trainer"
+    wait_until(lambda: sum(o or 0 for o in committed(tansu, group, topic, partitions).values()))
     letters = receive(tansu, dead, 2)
     headers = [dict(one.headers) for one in letters]
-    assert {one["offset"] for one in headers} == {b"12", b"13"}
-    assert all(one["topic"] == topic.encode() and one["partition"] == b"2" for one in headers)
+    offsets = {str(50 // partitions + n).encode() for n in range(2)}
+    assert {one["offset"] for one in headers} == offsets
+    assert all(one["topic"] == topic.encode() and one["partition"] == b"%d" % poisoned for one in headers)
     assert all(one["reason"].startswith(b"malformed: ") for one in headers)
     assert {one.value for one in letters} == {value for _, value in values[50:52]}
+    whole = reference(
+        tmp_path / "whole", [decode_event(value) for _, value in values if value and value[2:6] == b"type"]
+    )
+    if partitions == 1:  # then the order is given, and with it every bit
+        assert_same(state["model"], whole["model"])
+        assert_same(state["metrics"], whole["metrics"])
+    assert state["counts"]["learned"] == whole["counts"]["learned"]
+
+
+def reference(store: Path, events: list[Any]) -> dict[str, Any]:
+    """What one trainer becomes that is never interrupted."""
+    trainer = sr.OnlineTrainer(
+        model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4),
+        preprocessors=[sr.Dedup(ttl=1e9, capacity=1_000_000)],
+        metrics=[sr.CTR()],
+        store=store,
+    )
+    trainer.run(sr.Memory(events))
+    return saved(store)
+
+
+@pytest.mark.parametrize(("kills", "total"), [(1, 3_000), pytest.param(10, 50_000, marks=pytest.mark.soak)])
+def test_joins_are_shared_among_workers_and_their_examples_learned_once(
+    worker: Worker, tansu: str, tmp_path: Path, kills: int, total: int
+) -> None:
+    clicks, examples = new_topic(tansu, 4), new_topic(tansu, 2)
+    values: list[tuple[int, bytes | None]] = []
+    for n in range(total):
+        shown = sr.Impression(f"i{n}", 1000.0 + n, f"u{n % 97}", f"p{n % 13}")
+        values.append((n % 4, encode_event(shown)))
+        if n % 7 == 0:
+            values.append((n % 4, encode_event(sr.Feedback(f"f{n}", shown.id, shown.time + 1.0))))
+    values += [(n, encode_event(sr.Impression(f"end{n}", 1100.0 + total, "u", "p"))) for n in range(4)]
+    settings = {"JOIN": clicks, "EXAMPLES": examples, "TOPIC": examples, "EVERY": 500}
+    parts = kills + 1
+    workers = [worker(**settings), worker(**settings)]
+    for number in range(parts):
+        send(tansu, clicks, values[number * len(values) // parts : (number + 1) * len(values) // parts])
+        if number < kills:
+            before = newest(tmp_path / "store")
+            wait_until(lambda: newest(tmp_path / "store") > before, 120)  # noqa: B023
+            workers[number % 2].kill()
+            workers[number % 2].wait()
+            workers[number % 2] = worker(**settings)
+    wait_until(lambda: saved(tmp_path / "store").get("counts", {}).get("learned") == total, 300)
+    state = saved(tmp_path / "store")
+    assert state["metrics"] and state["counts"]["learned"] == total
+    assert report_of(tmp_path / "store").metrics["CTR"] == pytest.approx(len(range(0, total, 7)) / total)
+
+
+def report_of(store: Path) -> Any:
+    trainer = sr.OnlineTrainer(
+        model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4),
+        preprocessors=[type("Slow", (sr.Dedup,), {})(ttl=1e9, capacity=1_000_000)],
+        metrics=[sr.CTR()],
+        store=store,
+    )
+    trainer.resume()
+    return trainer.report()
 
 
 def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
@@ -126,11 +199,12 @@ def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
 ) -> None:
     topic, notices = new_topic(tansu, 4), new_topic(tansu)
     send(tansu, topic, labeled(3000))
-    one = worker(TOPIC=topic, NOTICES=notices, EVERY=2000, WEB_PORT=(port := free_port()))
+    one = worker(TOPIC=topic, NOTICES=notices, EVERY=2000, METRICS=1, WEB_PORT=(port := free_port()))
     store = tmp_path / "store"
     wait_until(lambda: newest(store) >= 1, 120)
     page = f"http://127.0.0.1:{port}/"
     wait_until(lambda: "streamrec_checkpoints" in fetch(page))
+    assert 'metric="streamrec_events"} 3000.0' in fetch(page + "metrics/"), "and Prometheus is told as well"
     send(tansu, topic, labeled(1000, start=3000))
     began = time.monotonic()
     one.send_signal(signal.SIGTERM)

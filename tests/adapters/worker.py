@@ -6,9 +6,10 @@ import os
 import time
 
 import faust
+from faust.sensors.prometheus import setup_prometheus_sensors
 
 import streamrec as sr
-from streamrec.adapters.faust import profiles, score, train
+from streamrec.adapters.faust import join, profiles, score, train
 
 env = os.environ
 app = faust.App(
@@ -50,6 +51,20 @@ if "TOPIC" in env:
     train(
         app, env["TOPIC"], trainer, seconds=0.2, dead_letters=env.get("DEAD"), notices=env.get("NOTICES"), timeout=60.0
     )
+if "JOIN" in env:
+    join(
+        app,
+        env["JOIN"],
+        env["EXAMPLES"],
+        lambda: [sr.LabelJoin(windows={"click": 60.0})],
+        store=env["STORE"] + "-joins",
+        checkpoint_seconds=0.3,
+        seconds=0.2,
+        timeout=60.0,
+        batch=100,
+    )
+if "METRICS" in env:
+    setup_prometheus_sensors(app)
 if "REQUESTS" in env:
     score(app, env["REQUESTS"], env["RESPONSES"], sr.Scorer(env["STORE"]), dead_letters=env.get("DEAD"))
 if "PROFILES" in env:

@@ -34,6 +34,7 @@ from tests.kafka.broker import (
     send,
     wait_until,
 )
+from tests.kafka.same import assert_same
 
 ours = pytest.mark.skipif(GIVEN is not None, reason="needs a broker that can be stopped")
 
@@ -319,22 +320,25 @@ def trainer(store, **changed):
     settings = dict(
         model=sr.FM(schema, dim=4), join=sr.LabelJoin(windows={"click": 1e6}, lateness=1e6),
         preprocessors=[sr.Dedup(ttl=1e9, capacity=1_000_000)], metrics=[sr.CTR()], store=store,
-        checkpoint_every=2_000, checkpoint_seconds=1e9,
+        checkpoint_every=500, checkpoint_seconds=1e9,
     )
     return sr.OnlineTrainer(**{**settings, **changed})
 
 class Patient(Kafka):
     "Reads slower and slower, so that however slow the one who kills is, there is something left to kill."
-    left = 8_000
+    left = 0
     def read(self, limit):
         self.left -= limit
         if self.left < 0:
-            time.sleep(0.2)
+            time.sleep(0.05)
         return super().read(limit)
 
-def work(topic, address, store, how):
+def work(topic, address, store, total, how):
+    Patient.left = int(total) // 12
     with (Patient if how == "patient" else Kafka)(topic, address, follow=how == "follow") as source:
-        print(trainer(store).run(source).counts["events"], flush=True)
+        # in the background, the first checkpoint would be cut when more messages come
+        waits = {"background": False, "checkpoint_every": 3_000} if how == "follow" else {}
+        print(trainer(store, **waits).run(source).counts["events"], flush=True)
 
 if __name__ == "__main__":
     *where, how = sys.argv[1:]
@@ -361,11 +365,14 @@ if __name__ == "__main__":
 def test_sigterm_ends_a_run_that_waits(noida: str, tmp_path: Path) -> None:
     topic = new_topic(noida)
     send(noida, topic, numbered(3000))
-    command = [sys.executable, "-c", CHILD, topic, noida, str(tmp_path / "store"), "follow"]
+    command = [sys.executable, "-c", CHILD, topic, noida, str(tmp_path / "store"), "0", "follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        wait_until(lambda: any((tmp_path / "store").glob("checkpoints/*.json")) or child.poll() is not None)
-        child.send_signal(signal.SIGTERM)
-        out, error = child.communicate(timeout=60)
+        try:
+            wait_until(lambda: any((tmp_path / "store").glob("checkpoints/*.json")) or child.poll() is not None)
+            child.send_signal(signal.SIGTERM)
+            out, error = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 0, error
     assert out.strip() == "3000"
     found = sr.Store(tmp_path / "store").checkpoints.read()
@@ -373,13 +380,24 @@ def test_sigterm_ends_a_run_that_waits(noida: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_ten_kills_lose_nothing_and_learn_nothing_twice(noida: str, tmp_path: Path) -> None:
-    topic, total = new_topic(noida, 4), 100_000
+@pytest.mark.parametrize(
+    ("kills", "total", "partitions"),
+    [
+        (3, 8_000, 4),
+        (2, 6_000, 1),
+        pytest.param(10, 100_000, 4, marks=pytest.mark.soak),
+        pytest.param(10, 100_000, 1, marks=pytest.mark.soak),
+    ],
+)
+def test_kills_lose_nothing_and_learn_nothing_twice(
+    noida: str, tmp_path: Path, kills: int, total: int, partitions: int
+) -> None:
+    topic = new_topic(noida, partitions)
     values = []
     for n in range(total):
         shown = sr.Impression(f"i{n}", 1000.0 + n, f"u{n % 97}", f"p{n % 13}", {"tags": [str(n % 5)]})
         event = sr.Labeled(shown, float(n % 7 == 0))
-        values.append((n % 4, encode_event(event)))
+        values.append((n % partitions, encode_event(event)))
     send(noida, topic, values)
     built: dict[str, Any] = {"__name__": "built"}
     exec(CHILD, built)  # noqa: S102
@@ -392,7 +410,7 @@ def test_ten_kills_lose_nothing_and_learn_nothing_twice(noida: str, tmp_path: Pa
     def newest() -> int:
         return max((int(path.stem) for path in (store / "checkpoints").glob("*.json")), default=0)
 
-    command = [sys.executable, "-c", CHILD, topic, noida, str(store), "nursery"]
+    command = [sys.executable, "-c", CHILD, topic, noida, str(store), str(total), "nursery"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as nursery:
         assert nursery.stdin is not None and nursery.stdout is not None
 
@@ -403,7 +421,7 @@ def test_ten_kills_lose_nothing_and_learn_nothing_twice(noida: str, tmp_path: Pa
                     return int(line.split()[1])
             raise AssertionError("the nursery has ended")
 
-        for number in range(10):
+        for number in range(kills):
             rng = random.Random(number)
             before = newest()
             print("patient", file=nursery.stdin)
@@ -418,10 +436,15 @@ def test_ten_kills_lose_nothing_and_learn_nothing_twice(noida: str, tmp_path: Pa
 
     found, other = sr.Store(store).checkpoints.read(), sr.Store(tmp_path / "whole").checkpoints.read()
     assert found is not None and other is not None
-    assert found[1]["position"] == {topic: {str(n): total // 4 for n in range(4)}}
+    assert found[1]["position"] == {topic: {str(n): total // partitions for n in range(partitions)}}
     trainer = built["trainer"](str(store))
     trainer.resume()
     report = trainer.report()
     assert report.counts == whole.counts, "nothing lost, nothing twice: Dedup, which forgets nothing here, saw none"
     assert report.counts["duplicate"] == 0
     assert report.metrics["CTR"] == whole.metrics["CTR"]
+    if partitions == 1:  # then the order is given, and with it every bit
+        alone = built["trainer"](str(tmp_path / "whole"))
+        alone.resume()
+        assert_same(trainer.model.state_dict(), alone.model.state_dict())
+        assert_same(trainer.validation.state_dict(), alone.validation.state_dict())

@@ -1,18 +1,19 @@
-"""Which of several workers owns a trainer: a consumer group in which one member holds everything.
+"""Which of several workers owns what of a topic: membership of a consumer group, in which no message is fetched.
 
-The one who holds a topic keeps it while it lives; when it leaves or dies, the broker gives the topic to a member that
-stands by. No message is fetched here.
+Either one member holds everything, and keeps it while it lives: when it leaves or dies, the broker gives the topic to a
+member that stands by. Or the partitions are shared out.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import (
     CommitFailedError,
@@ -22,7 +23,11 @@ from aiokafka.errors import (
     UnknownMemberIdError,
 )
 
-__all__ = ["Election", "NotElected"]
+__all__ = ["Claim", "Membership", "NotOwner"]
+
+Claim = Callable[[], int]
+"""How far a member is that holds everything: of two that both think they hold it, the one further ahead does."""
+
 
 _FENCED = (
     CommitFailedError,
@@ -33,15 +38,15 @@ _FENCED = (
 )
 
 
-class NotElected(Exception):
-    """Another worker owns the topic by now."""
+class NotOwner(Exception):
+    """Another worker owns the topic, or this part of it, by now."""
 
 
-class Election:
-    """Stands for `topic` in `group`, until `stop`.
+class Membership:
+    """A member of `group` for `topic`, until `stop`.
 
-    `won` is awaited when this worker comes to own it, `lost` before it gives it up; `rank()`, a number, says which of
-    two that both think they own it is ahead.
+    `won` is awaited with the partitions that are this worker's from now on, `lost` before it gives them up. `claim`:
+    one member has them all; None: they are shared out.
     """
 
     def __init__(
@@ -50,9 +55,9 @@ class Election:
         group: str,
         settings: Mapping[str, Any],
         *,
-        won: Callable[[], Awaitable[None]],
+        won: Callable[[Sequence[int]], Awaitable[None]],
         lost: Callable[[], Awaitable[None]],
-        rank: Callable[[], int],
+        claim: Claim | None,
     ) -> None:
         self.topic = topic
         self._won, self._lost = won, lost
@@ -62,7 +67,9 @@ class Election:
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            partition_assignment_strategy=[_one_owner(lambda: rank() + 1 if self.owner else 0)],
+            partition_assignment_strategy=[
+                RoundRobinPartitionAssignor if claim is None else _one_owner(lambda: claim() + 1 if self.owner else 0)
+            ],
         )
         self._polling: asyncio.Task[None] | None = None
 
@@ -88,20 +95,21 @@ class Election:
         await self._consumer.stop()
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
-        """Tell the group's offsets. Raises `NotElected` where this worker owns the topic no longer."""
-        if not self.owner:
-            raise NotElected
+        """Tell the group's offsets. Raises `NotOwner` where this worker owns the topic no longer."""
+        held = {one.partition for one in self._consumer.assignment()}
+        if not self.owner or not held.issuperset(offsets):
+            raise NotOwner
         try:
             await self._consumer.commit({TopicPartition(self.topic, number): at for number, at in offsets.items()})
         except _FENCED as error:
-            raise NotElected from error
+            raise NotOwner from error
 
     async def assigned(self, partitions: set[Any]) -> None:
         if partitions:
             self._consumer.pause(*partitions)
         self.owner = bool(partitions)
         if self.owner:
-            await self._won()
+            await self._won(sorted(one.partition for one in partitions))
 
     async def revoked(self) -> None:
         if self.owner:
@@ -109,7 +117,7 @@ class Election:
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    def __init__(self, election: Election) -> None:
+    def __init__(self, election: Membership) -> None:
         self._election = election
 
     async def on_partitions_revoked(self, revoked: set[Any]) -> None:

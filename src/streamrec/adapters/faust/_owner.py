@@ -1,0 +1,189 @@
+"""Owner: a worker's share of a topic, worked on by threads while it is this worker's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from mode import Service
+
+from streamrec.adapters.faust._membership import Claim, Membership, NotOwner
+from streamrec.adapters.faust._topics import bury, client, send, topic_name
+from streamrec.errors import ConfigError, SourceError
+from streamrec.events import DeadLetter, Event, Item, Position
+from streamrec.sources import Kafka
+
+__all__ = ["ANSWER", "MOST_SENT", "NotOwner", "Owner", "Reading"]
+
+log = logging.getLogger(__name__)
+
+ANSWER = 20.0  # seconds the broker may take for what a checkpoint waits for
+MOST_SENT = 256  # messages, or batches of examples, on their way to the broker
+_GROUP_ONLY = ("session_timeout_ms", "heartbeat_interval_ms")  # nothing for a consumer without a group
+
+
+class Reading:
+    """How a topic is read: checked settings that `train` and `join` have in common."""
+
+    def __init__(
+        self,
+        topic: Any,
+        *,
+        batch: int,
+        seconds: float,
+        decode: Callable[[bytes], Event],
+        dead_letters: str | None,
+        prefetch: int,
+        timeout: float,
+        client: Mapping[str, Any] | None,
+    ) -> None:
+        if batch < 1:
+            raise ConfigError(f"batch must be >= 1 event, got {batch!r}")
+        if not seconds > 0:
+            raise ConfigError(f"seconds must be > 0, got {seconds!r}")
+        self.topic = topic_name(topic)
+        self.batch, self.seconds, self.decode, self.dead_letters = batch, seconds, decode, dead_letters
+        self.prefetch, self.timeout, self.client = prefetch, timeout, dict(client or {})
+
+
+class Owner(Service):
+    """Joins `group` with the app, works on what it is given of the topic, and finishes before it gives that back.
+
+    `jobs(partitions)`: what to do with these partitions, each on a thread of its own, until `self.enough` is set. An
+    error in one crashes the worker, except `NotOwner`: then another has them by now.
+    """
+
+    def __init__(self, app: Any, reading: Reading, group: str, claim: Claim | None, **kwargs: Any) -> None:
+        self.app, self.reading, self.group = app, reading, group
+        self.enough = threading.Event()
+        self._claim = claim
+        self._membership: Membership | None = None
+        self._threads: list[threading.Thread] = []
+        self._main: asyncio.AbstractEventLoop | None = None
+        super().__init__(**kwargs)
+
+    def jobs(self, partitions: Sequence[int]) -> Sequence[Callable[[], None]]:
+        raise NotImplementedError
+
+    def given_up(self) -> None:
+        """What this worker has learned since its last checkpoint is read again by another."""
+
+    # -- in the app's loop ---------------------------------------------------------------------------------------------
+
+    async def on_start(self) -> None:
+        self._main = asyncio.get_running_loop()
+        timeout = self.reading.timeout
+        settings = {
+            **client(self.app),
+            "session_timeout_ms": int(1000 * self.app.conf.broker_session_timeout),
+            "heartbeat_interval_ms": int(1000 * self.app.conf.broker_heartbeat_interval),
+            **self.reading.client,
+        }
+        deadline = self._main.time() + timeout
+        while True:
+            self._membership = Membership(
+                self.reading.topic, self.group, settings, won=self._begin, lost=self._end, claim=self._claim
+            )
+            try:
+                await asyncio.wait_for(self._membership.start(), max(0.1, deadline - self._main.time()))
+                return
+            except Exception as error:
+                with suppress(Exception):
+                    await asyncio.wait_for(self._membership.stop(), 5.0)
+                if self._main.time() >= deadline:
+                    raise SourceError(
+                        f"no broker has answered at {settings['bootstrap_servers']} for {timeout:g} s "
+                        f"({error}); check the app's broker setting, and that the broker is up"
+                    ) from error
+                await asyncio.sleep(0.2)
+
+    async def on_stop(self) -> None:
+        await self._end()
+        if self._membership is not None:
+            with suppress(Exception):  # a broker that does not hear it finds out by itself
+                await asyncio.wait_for(self._membership.stop(), 3.0)
+
+    async def _begin(self, partitions: Sequence[int]) -> None:
+        """These partitions are this worker's now."""
+        await self._end()
+        self.enough.clear()
+        for job in self.jobs(partitions):
+            thread = threading.Thread(target=self._do, args=(job,), name="streamrec-learn", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    async def _end(self) -> None:
+        """Finish the batches in hand, cut checkpoints, and stop."""
+        threads, self._threads = self._threads, []
+        self.enough.set()
+        for thread in threads:
+            await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+    async def _give_up(self, error: Exception) -> None:
+        await self.crash(error)
+
+    def _fail(self, error: Exception) -> None:
+        log.error("no more is read from %r: %s", self.reading.topic, error, exc_info=error)
+        self.add_future(self._give_up(error))
+
+    # -- on a thread ---------------------------------------------------------------------------------------------------
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except NotOwner:
+            self.given_up()
+            log.warning("another worker owns this part of %r by now; standing by", self.reading.topic)
+        except Exception as error:
+            self.given_up()
+            self.call(self._fail, error)
+
+    def source(self, partitions: Sequence[int] | None = None) -> Kafka:
+        """A source of these partitions, all if None, that looks up every so many seconds."""
+        reading = self.reading
+        own = {name: value for name, value in reading.client.items() if name not in _GROUP_ONLY}
+        return Kafka(
+            reading.topic,
+            client(self.app)["bootstrap_servers"],
+            decode=reading.decode,
+            partitions=partitions,
+            follow=True,
+            idle=reading.seconds,
+            timeout=reading.timeout,
+            prefetch=reading.prefetch,
+            client={**client(self.app, servers=False), **own},
+        )
+
+    def told(self, items: Sequence[Item]) -> list[Future[Any]]:
+        """Send the dead letters among these to their topic."""
+        letters = [one for one in items if isinstance(one, DeadLetter)]
+        if letters:
+            self.count("streamrec_dead_letters", len(letters))
+        topic = self.reading.dead_letters
+        return [] if topic is None else [self.ask(bury(self.app, topic, one)) for one in letters]
+
+    def tell(self, topic: str, key: bytes, value: bytes) -> None:
+        self.ask(send(self.app, topic, key, value)).result(ANSWER)
+
+    def commit(self, at: Position) -> None:
+        """Tell the group's offsets, for those who watch the lag. Raises `NotOwner` where they are another's by now."""
+        assert self._membership is not None
+        offsets = {int(number): offset for number, offset in at.get(self.reading.topic, {}).items()}
+        self.ask(self._membership.commit(offsets)).result(ANSWER)
+
+    def count(self, name: str, many: int) -> None:
+        self.call(self.app.monitor.count, name, many)
+
+    def ask(self, todo: Coroutine[Any, Any, Any]) -> Future[Any]:
+        assert self._main is not None
+        return asyncio.run_coroutine_threadsafe(todo, self._main)
+
+    def call(self, todo: Callable[..., Any], *arguments: Any) -> None:
+        assert self._main is not None
+        with suppress(RuntimeError):  # the loop has ended
+            self._main.call_soon_threadsafe(todo, *arguments)
