@@ -316,6 +316,12 @@ class FM(nn.Module):
             memory[:, -self._linear_slots] = torch.where(linear == 0, 0.0, self.linear_optimizer.start(linear))
         self.optimizer_rows[rows] = memory
 
+    def _begin_bias(self) -> None:
+        """The same of the bias."""
+        self.optimizer_bias.zero_()
+        if isinstance(self.linear_optimizer, FTRL):
+            self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits, float32 `(rows,)`, on the parameters' device, differentiable in `weights` and `bias`.
 
@@ -407,6 +413,7 @@ class FM(nn.Module):
                 self.optimizer_bias.copy_(changes["optimizer_bias"])
             else:
                 self._begin_optimizers(torch.from_numpy(rows))
+                self._begin_bias()
         expiry = changes["expiry"].values.numpy() if "expiry" in changes else math.inf
         self._load_policies(changes, rows, expiry)
         self._touched.array[rows] = CHECKPOINT | PUBLISHED
@@ -521,9 +528,7 @@ class FM(nn.Module):
                 self.optimizer_bias.copy_(state_dict[prefix + "optimizer_bias"])
             else:
                 self._begin_optimizers(torch.arange(used))
-                self.optimizer_bias.zero_()
-                if isinstance(self.linear_optimizer, FTRL):
-                    self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
+                self._begin_bias()
         self._touched.array[:used] = CHECKPOINT | PUBLISHED
         expiry = state_dict.get(prefix + "expiry")
         self._load_policies(state_dict, slice(used), math.inf if expiry is None else expiry.numpy(), prefix)
