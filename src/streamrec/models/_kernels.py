@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamrec._compile import compiled
+from streamrec._pointers import held, held_rows, touch
 from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
-from streamrec.models._pointers import held, held_rows, touch
 from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
 from streamrec.protocols import LEARN
 

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from streamrec._pointers import pointers_to
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, SchemaError
 from streamrec.models import _kernels
 from streamrec.models._hash_table import HAND, SIGHTED
 from streamrec.models._memory import Rows
-from streamrec.models._pointers import pointers_to
 from streamrec.models.id_table import IdTable
 from streamrec.models.optimizers import FTRL, Adagrad, Optimizer, optimizer_from_dict
 from streamrec.protocols import LEARN, SCORE, Changed, State
