@@ -282,8 +282,9 @@ class FM(nn.Module):
         >>> model = FM(Schema(Id("user"), Id("item")), dim=4)
         >>> encoder = Encoder(model.schema)
         >>> shown = Impression(id="i1", time=0.0, user="u1", item="p9")
-        >>> model.one(encoder.one(shown).batch, label=1.0), model.one(encoder.one(shown).batch) > 0.5
-        (0.5, True)
+        >>> before = model.one(encoder.one(shown).batch, label=1.0)
+        >>> model.one(encoder.one(shown).batch) > before
+        True
         """
         known, columns, _ = self._row
         if known is not batch:
