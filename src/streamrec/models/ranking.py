@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
+from streamrec._pointers import touch
 from streamrec.errors import ConfigError
 from streamrec.models._kernels import MAX_LOGIT, MOST, REASSOCIATE
 from streamrec.models.fm import FM
@@ -36,6 +37,7 @@ TILE = 256  # items whose codes share their steps, and lie together, factor by f
 SMALLEST_STEP = np.float32(1e-32)  # of a code: its inverse is an ordinary float32
 SAFE = 1e37  # a sum of terms no larger in all is finite in float32, in whatever order
 NO_SUCH_PLACE = -1
+AHEAD = 12  # rows whose memory is on its way to the cache
 
 
 def logits(model: FM, shared: Floats, items: Floats, places: Places) -> Floats:
@@ -260,6 +262,9 @@ def _kernels_of(dim: int) -> _Kernels:
         for n in range(len(places)):
             if places[n] < 0 or places[n] >= len(items):
                 return NO_SUCH_PLACE, where, found
+            if n + AHEAD < len(places):  # touching a place that is none does no harm
+                touch(items, places[n + AHEAD], 0)
+                touch(items, places[n + AHEAD], dim)
             logit = with_item(shared, items, places[n], bias)
             if n < k:
                 _rise(found, where, n, logit, n)

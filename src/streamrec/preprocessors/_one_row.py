@@ -14,7 +14,7 @@ from streamrec._pointers import pointers_to
 from streamrec.batch import Batch
 from streamrec.events import Impression
 from streamrec.preprocessors._assemble import UNKNOWN, assemble_row
-from streamrec.schema import Id, Ids, Number, Schema
+from streamrec.schema import Field, Id, Ids, Number
 
 __all__ = ["OneRow", "Rows"]
 
@@ -31,10 +31,10 @@ class OneRow:
     none.
     """
 
-    def __init__(self, schema: Schema, plan: Any) -> None:
-        ids = [f.name for f in schema if isinstance(f, Id)]
-        numbers = [f for f in schema if isinstance(f, Number)]
-        lists = [f for f in schema if isinstance(f, Ids)]
+    def __init__(self, fields: Sequence[Field], plan: Any) -> None:
+        ids = [f.name for f in fields if isinstance(f, Id)]
+        numbers = [f for f in fields if isinstance(f, Number)]
+        lists = [f for f in fields if isinstance(f, Ids)]
         own = [name for name in ids if name in _OWN]
         rest = [name for name in ids if name not in _OWN]
         self._read_own = _reader(attrgetter, own)
@@ -48,11 +48,11 @@ class OneRow:
         self._counts = np.empty((len(lists), 1), dtype=np.int64)
         columns = np.empty(self._room, np.int64), np.empty(self._room, np.float32), np.empty(self._room, np.int32)
         starts, ends, self._time = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
-        of_ids, *of_others, fields = plan
+        of_ids, *of_others, count = plan
         # what the pointers are to; ids in the order in which they are read
         self._arrays = (of_ids[[ids.index(name) for name in (*own, *rest)]], *of_others)
         inputs = self._floats, self._counts, *self._arrays
-        self._pointers: NDArray[np.int64] = pointers_to((*inputs, *columns, starts, ends), fields)
+        self._pointers: NDArray[np.int64] = pointers_to((*inputs, *columns, starts, ends), count)
         self.batch = Batch(*columns, starts, ends, (), _NO_REFS, self._time)
 
     def take(self, shown: Impression) -> bool:
@@ -104,8 +104,8 @@ class OneRow:
 class Rows(threading.local):
     """A `OneRow` for each thread, and what `result` makes of its batch."""
 
-    def __init__(self, schema: Schema, plan: Any, result: Callable[[Batch], Any]) -> None:
-        self.row = OneRow(schema, plan)
+    def __init__(self, fields: Sequence[Field], plan: Any, result: Callable[[Batch], Any]) -> None:
+        self.row = OneRow(fields, plan)
         self.result = result(self.row.batch)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -54,7 +54,8 @@ class Encoder:
     """Turns impressions into batches by a schema.
 
     The id of a value is XXH64 of its UTF-8 bytes, seeded by XXH64 of the field's name, seeded by the schema's seed.
-    A row holds one entry for each `Id` and `Number`, in the schema's order, then those of its `Ids`.
+    A row holds one entry for each `Id` and `Number`, in the schema's order, then those of its `Ids`. `only`: the fields
+    to encode, by name; None: all. The entries are those that the whole row would have of them.
 
     >>> from streamrec import Id, Ids, Impression, Schema
     >>> encoder = Encoder(Schema(Id("user"), Ids("genres")))
@@ -63,15 +64,16 @@ class Encoder:
     array([1. , 0.5, 0.5], dtype=float32)
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, *, only: Collection[str] | None = None) -> None:
         self.schema = schema
+        chosen = [f for f in schema if only is None or f.name in only]
         seeds = {f.name: hash_bytes(f.name.encode(), schema.seed) for f in schema}
         places = {f.name: place for place, f in enumerate(schema)}
-        self._columns = [(f, _column(f)) for f in schema if isinstance(f, Id)]
-        self._numbers = [(f, _column(f)) for f in schema if isinstance(f, Number)]
-        self._lists = [(f, _column(f)) for f in schema if isinstance(f, Ids)]
-        self._texts = [(f, _column(f)) for f in schema if isinstance(f, Text)]
-        single = [f for f in schema if isinstance(f, (Id, Number))]
+        self._columns = [(f, _column(f)) for f in chosen if isinstance(f, Id)]
+        self._numbers = [(f, _column(f)) for f in chosen if isinstance(f, Number)]
+        self._lists = [(f, _column(f)) for f in chosen if isinstance(f, Ids)]
+        self._texts = [(f, _column(f)) for f in chosen if isinstance(f, Text)]
+        single = [f for f in chosen if isinstance(f, (Id, Number))]
         offsets = {f.name: offset for offset, f in enumerate(single)}
         numbers = [f for f, _ in self._numbers]
         ids = [f for f, _ in self._columns]
@@ -101,7 +103,7 @@ class Encoder:
         self._pick = itemgetter(*names) if len(names) > 1 else None
         # numpy is slow with single values
         plain = not self._texts and not any(f.name in _OWN for f in own)
-        self._rows = Rows(schema, self._plan, lambda batch: Encoded(batch, ())) if plain else None
+        self._rows = Rows(chosen, self._plan, lambda batch: Encoded(batch, ())) if plain else None
 
     def __call__(self, impressions: Sequence[Impression]) -> Encoded:
         """Encode these impressions, a row each, in their order."""

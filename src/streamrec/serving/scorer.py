@@ -180,7 +180,7 @@ class Scorer:
             if places is not None:
                 part = self._shared(serving, catalogue.names, user, shared, len(candidates))
                 order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
-                names: Sequence[str] = candidates  # type: ignore[assignment]  # found: they are
+                names: Any = candidates.items if isinstance(candidates, Shortlist) else candidates
                 return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
         order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared), k)
         return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
@@ -189,7 +189,9 @@ class Scorer:
         self, serving: Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int
     ) -> NDArray[np.float32]:
         """float32 `(dim + 1,)`: the part of the fields that are not the items' own."""
-        batch, problems = serving.sides(names).shared.one(user, shared)
+        batch, problems = serving.sides(names).shared.one(
+            Impression(id="", time=0.0, user=user, item="", features=shared)
+        )
         if problems:
             self._count(problems, times)
         part: NDArray[np.float32] = serving.model.parts(batch)[0]  # type: ignore[attr-defined]
