@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,15 @@ def test_the_row_of_the_usual_types_does_take_the_short_way() -> None:
     first = ENCODERS[0].one(shown).batch
     assert ENCODERS[0].one(Impression("i", 1.0, "u", "p")).batch is first  # all unknown
     assert ENCODERS[0].one(Impression("i", 1.0, "u", "p", {"country": 5})).batch is not first
+
+
+def test_a_copy_encodes_in_memory_of_its_own() -> None:
+    encoder = Encoder(Schema(Id("user"), Ids("tags")))
+    twin = copy.deepcopy(encoder)
+    mine = encoder.one(Impression("i", 1.0, "u", "p", {"tags": ["a"]})).batch
+    expected = row(mine, 0)
+    assert row(twin.one(Impression("j", 2.0, "v", "p")).batch, 0) != expected
+    assert row(mine, 0) == expected
 
 
 def test_each_thread_encodes_in_memory_of_its_own() -> None:

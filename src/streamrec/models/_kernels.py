@@ -141,6 +141,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
     """
     begin_memory, move_linear, move_factors, linear_at, _ = updates_of(dim, factor_rule, linear_rule)
     width = width_of(dim, factor_rule, linear_rule)
+    made_of = (dim, factor_rule, linear_rule, admits, expires)
     weights_end = dim + 1
     zero = np.float32(0.0)
     half = np.float32(0.5)
@@ -260,7 +261,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         row[dim] = zero
         begin_memory(row, fnum, lnum)
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=made_of)
     def step(
         ids: Any,
         values: Any,
@@ -421,7 +422,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                         touched[at] = 3
         return len(rows), left_out
 
-    @compiled()
+    @compiled(made_of=made_of)
     def one(columns: Any, pointers: Any, learns: bool, label: float, weight: float) -> float:
         """`step` with one operation on the one row that `columns` points to: the score, less than 0 where it is not
         done: `NO_ROOM`, or -1 - score where the row was left out of learning. At the end of `columns`: row 0; the two
@@ -438,7 +439,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             return NO_ROOM
         return float(-1 - scores[0] if left_out else scores[0])
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=made_of)
     def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
         """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
         slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)

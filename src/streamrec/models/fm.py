@@ -41,8 +41,8 @@ class FM(nn.Module):
     uniform with the standard deviation `init`. Memory is taken when an id is first learned.
 
     `optimizer` moves the factors and, unless `linear_optimizer` is given, the bias and the linear weights too. With
-    neither it is `Adagrad(lr=0.05)` for the factors and `FTRL(lr=0.2)` for the rest; docs/why.md says how they were
-    chosen.
+    neither it is `Adagrad(lr=0.05, eps=0.1)` for the factors and `FTRL(lr=0.2)` for the rest; docs/why.md says how they
+    were chosen.
 
     `predict`, `learn` and `step` run in one compiled loop on the CPU, over the memory of `weights`, event by event
     in order: learning 256 rows equals learning one row 256 times, bit for bit. `forward` is the same function for
@@ -79,7 +79,7 @@ class FM(nn.Module):
             raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         self.schema = schema
         self.dim = dim
-        self.optimizer: Optimizer = optimizer or Adagrad(lr=0.05)
+        self.optimizer: Optimizer = optimizer or Adagrad(lr=0.05, eps=0.1)
         self.linear_optimizer: Optimizer = linear_optimizer or optimizer or FTRL(lr=0.2)
         self.init = init
         self.seed = seed

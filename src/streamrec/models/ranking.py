@@ -246,7 +246,7 @@ def _kernels_of(dim: int) -> _Kernels:
         logit += bias + shared[dim] + items[row, np.uint64(dim)]
         return logit if abs(logit) <= MOST else bias
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def logits(shared: Any, items: Any, places: Any, bias: Any) -> Any:
         found = np.empty(len(places), dtype=np.float32)
         for k in range(len(places)):
@@ -255,7 +255,7 @@ def _kernels_of(dim: int) -> _Kernels:
             found[k] = with_item(shared, items, places[k], bias)
         return found
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def best(shared: Any, items: Any, places: Any, bias: Any, k: int) -> Any:
         found = np.empty(k, dtype=np.float32)
         where = np.empty(k, dtype=np.int64)
@@ -273,7 +273,7 @@ def _kernels_of(dim: int) -> _Kernels:
         _unheap(found, where, k)
         return k, where, found
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def threshold(shared: Any, bias: Any, steps: Any, weights: Any, worst: Any) -> Any:
         """What the rough sum of an item of this tile comes to at least, if its logit is over `worst`.
 
@@ -293,7 +293,7 @@ def _kernels_of(dim: int) -> _Kernels:
         least = np.float64(worst) - np.float64(bias) - np.float64(shared[dim]) - hidden
         return np.float32(least - 2e-7 * abs(least))  # down, whatever the rounding to float32
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def top(shared: Any, items: Any, bias: Any, k: int, skipped: Any, codes: Any, steps: Any) -> Any:
         found = np.empty(k, dtype=np.float32)
         places = np.empty(k, dtype=np.int64)

@@ -107,6 +107,10 @@ class Rows(threading.local):
     def __init__(self, fields: Sequence[Field], plan: Any, result: Callable[[Batch], Any]) -> None:
         self.row = OneRow(fields, plan)
         self.result = result(self.row.batch)
+        self._made_by = fields, plan, result
+
+    def __reduce__(self) -> Any:
+        return Rows, self._made_by  # a copy, as of a trainer, has memory of its own
 
 
 def _reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:

@@ -103,7 +103,7 @@ class Encoder:
         self._pick = itemgetter(*names) if len(names) > 1 else None
         # numpy is slow with single values
         plain = not self._texts and not any(f.name in _OWN for f in own)
-        self._rows = Rows(chosen, self._plan, lambda batch: Encoded(batch, ())) if plain else None
+        self._rows = Rows(chosen, self._plan, _faultless) if plain else None
 
     def __call__(self, impressions: Sequence[Impression]) -> Encoded:
         """Encode these impressions, a row each, in their order."""
@@ -209,6 +209,10 @@ def _column(field: Field) -> Callable[[Sequence[Impression], Sequence[Mapping[st
     if name == "item":
         return lambda impressions, _: [shown.item for shown in impressions]
     return lambda _, features: [known.get(name) for known in features]
+
+
+def _faultless(batch: Batch) -> Encoded:
+    return Encoded(batch, ())
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.uint64]:
