@@ -79,6 +79,10 @@ class JoinedEvents:
 
     def push(self, events: Sequence[Item]) -> LabeledRows:
         """The rows whose labels these events bring out."""
+        return self.encoded(self.labeled(events))
+
+    def labeled(self, events: Sequence[Item]) -> list[Labeled]:
+        """The first half of `push`: the impressions whose labels these events bring out, not encoded yet."""
         checked = self._validate.push(events)
         for place, item in enumerate(checked):
             if isinstance(item, DeadLetter):
@@ -89,15 +93,23 @@ class JoinedEvents:
             kept = stage.push(kept)
         if self.join is not None:
             kept = self.join.push(kept)
+        self._counts["events"] += len(events)
         labeled = [one for one in kept if isinstance(one, Labeled) and one.kind == self.target]
+        self._counts["rows"] += len(labeled)
+        return labeled
+
+    def encoded(self, labeled: Sequence[Labeled]) -> LabeledRows:
+        """The second half of `push`: these as rows."""
         batch, problems = self._encoder([one.impression for one in labeled])
         for problem in problems:
             reason = f"unusable value: {problem.field}: {problem.reason}"
             self.dead_letters.add(DeadLetter({"impression_id": labeled[problem.row].impression.id}, reason))
-        self._counts["events"] += len(events)
-        self._counts["rows"] += len(labeled)
         labels = np.array([one.label for one in labeled], dtype=np.float32)
         return LabeledRows(batch, labels, np.array([one.weight for one in labeled], dtype=np.float32))
+
+    def begin_after(self, checked: State) -> None:
+        """Judge the times of the first events as one that has checked others before, and remembered `checked`."""
+        self._validate.load_state_dict(checked)
 
     def span(self) -> tuple[float, float] | None:
         """The event times of the first and the last of all rows; None where there is none. Reads the source once."""
