@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import streamrec as sr
-from benchmarks._measure import clock
+from benchmarks._measure import clock, one_thread
 from streamrec.events import encode_event
 from streamrec.storage.encoded import Part, commit_rows, write_part
 
@@ -116,6 +116,7 @@ def main(shown: int = 500_000, repetitions: int = 3) -> None:
         archive, small = str(folder / "*.jsonl"), str(folder / "0.jsonl")
         begun = clock()
         with (
+            one_thread(),
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
             Client(cluster) as client,
         ):

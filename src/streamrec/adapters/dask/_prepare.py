@@ -15,7 +15,7 @@ from streamrec.adapters.dask._cluster import Task, require_client, results
 from streamrec.adapters.dask._pieces import ListPiece, pieces_of
 from streamrec.batch import LabeledRows
 from streamrec.errors import ConfigError
-from streamrec.events import DeadLetter, Event, decode_event
+from streamrec.events import DeadLetter, Decoded, Event, decode_event
 from streamrec.preprocessors import Dedup, Filter, LabelJoin, Validate
 from streamrec.protocols import Stage, State
 from streamrec.schema import Schema
@@ -157,14 +157,14 @@ def _look(piece: Any, decode: Any, before: State | None) -> _Surveyed:
     validate = Validate()
     if before is not None:
         validate.load_state_dict(before)
-    newest, doubtful = -math.inf, False
+    doubtful = False
     for events in _opened(piece).events(decode):
-        for item in validate.push(events):
-            if isinstance(item, DeadLetter):
-                doubtful |= item.reason.startswith("far ahead")
-            else:
-                newest = max(newest, item.impression.time if hasattr(item, "impression") else item.time)
-    return _Surveyed(newest, validate.state_dict(), doubtful)
+        checked = validate.push(events)
+        if type(checked) is not Decoded:  # else nothing was refused
+            doubtful |= any(isinstance(one, DeadLetter) and one.reason.startswith("far ahead") for one in checked)
+    after = validate.state_dict()
+    # after others it may be the time of an event before this piece: then parts begin to read earlier than they must
+    return _Surveyed(-math.inf if after["newest"] is None else after["newest"], after, doubtful)
 
 
 def _opened(piece: Any) -> Any:
