@@ -292,8 +292,8 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         ttl = held(pointers, TTL, np.float64)
         sketch = held(pointers, SKETCH, np.uint8)
         scale = numbers[0]
-        fnum = numbers[1:5]
-        lnum = numbers[5:9]
+        fnum = numbers[1:6]
+        lnum = numbers[6:11]
         longest = 1
         for k in range(first, len(rows)):
             if rows[k] < 0 or rows[k] >= len(starts):

@@ -110,11 +110,28 @@ class FM(nn.Module):
         self.register_buffer("statistics", torch.zeros(len(schema), 3, dtype=torch.float64))
         standardize = [isinstance(f, Number) and f.standardize for f in schema]
         self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
+        self._rate = 1.0
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
         kinds = (rule.kind, linear.kind)
         self._row: tuple[Batch | None, NDArray[np.int64], Any] = None, np.zeros(0, dtype=np.int64), ()
         self._kernels = _kernels.kernels_of(dim, *kinds, admits, self._expires)
         self._new_rows(self.ids.capacity)
+
+    @property
+    def rate(self) -> float:
+        """What multiplies the steps of both optimizers, from 0 to 1000; 1 at first. A learning-rate schedule sets it.
+
+        No part of the state: what is loaded goes on at the rate of the model that loads it. Raises `ConfigError`.
+        """
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        if not 0 <= rate <= 1000:
+            raise ConfigError(f"rate must be from 0 to 1000, got {rate!r}")
+        self._rate = float(rate)
+        # in place: the compiled loops hold its address
+        self._numbers[1:] = [*self.optimizer.numbers(self._rate), *self.linear_optimizer.numbers(self._rate)]
 
     # -- the rows ------------------------------------------------------------------------------------------------------
 

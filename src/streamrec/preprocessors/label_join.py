@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -286,6 +286,27 @@ class LabelJoin:
         if number >= 0:
             return number
         return self._objects.pop(number) if last else self._objects[number]
+
+    def hand_over(self, hold: Callable[[Sequence[Any]], Sequence[int] | NDArray[np.int64]]) -> None:
+        """Let `hold` take the payloads that are no numbers, all in one call; what it returns, a number from 0 on for
+        each, stands for them from now on. Where there are none, it is not called.
+
+        So what `push` has left open goes on with `step`.
+
+        >>> join = LabelJoin(windows={"click": 60.0})
+        >>> join.push([Impression(id="i1", time=0.0, user="u1", item="p9")])
+        []
+        >>> join.hand_over(lambda shown: [7 for one in shown])
+        >>> join.drain()
+        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True)]
+        """
+        if not self._objects:
+            return
+        payloads = dict(zip(self._objects, np.asarray(hold([*self._objects.values()])).tolist(), strict=True))
+        column = self._opens["payload"]
+        for row in np.flatnonzero(column < 0).tolist():  # rows that are free may hold old ones: nobody reads them
+            column[row] = payloads.get(int(column[row]), 0)
+        self._objects.clear()
 
     def _given_back(self, closed: NDArray[Any]) -> list[Closed]:
         kinds = (*self.kinds, "")  # the last is that of -1
