@@ -17,6 +17,7 @@ is then a loop around it, with one state that it cannot spread over workers.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections import deque
 from collections.abc import Iterable
@@ -101,6 +102,7 @@ def by_impression(events: list[Event], size: int, window: float, lateness: float
     source = TestingSource(closing(events, window, lateness), size)
     keyed = op.key_on("key", op.input("events", flow, source), lambda event: event[0])
     op.output("labels", op.stateful_flat_map("join", keyed, mapper), TestingSink(found))
+    gc.freeze()
     start = process_time()
     run_main(flow)
     return process_time() - start, found
@@ -122,6 +124,7 @@ def in_one(events: list[Event], operator: str, size: int, window: float, latenes
 
         labels = op.stateful_flat_map("join", keyed, mapper)
     op.output("labels", labels, TestingSink(found))
+    gc.freeze()
     start = process_time()
     run_main(flow)
     return process_time() - start, [label for _, label in found]

@@ -104,6 +104,13 @@ def main(rows: int = 1_000_000, repetitions: int = 7, folder: str | None = None)
             batch = learned(ids[:4096])
             if not np.array_equal(reader.predict(batch), model.predict(batch)):
                 raise AssertionError("the reader that applied the changes predicts something else")
+        scorer = sr.Scorer(store)
+        for repetition in range(repetitions + 1):  # the first makes the second model of a scorer that follows
+            touch(model, rng.choice(ids, len(ids) // 200 * 2, replace=False))
+            trainer.publish()
+            timed("refresh, 1%" if repetition else "refresh, whole", scorer.refresh)
+        if not np.array_equal(scorer._serving.model.predict(batch), model.predict(batch)):
+            raise AssertionError("the scorer that followed predicts something else")
         # all of the changes at once, from the files
         timed("read, chain, checkpoint", store.checkpoints.read)
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 DEFAULT = "streamrec FM, default"
 TUNED = "streamrec FM, tuned, FTRL"
 OURS = {
-    DEFAULT: Settings(sr.Adagrad(lr=0.05), sr.FTRL(lr=0.2)),
+    DEFAULT: Settings(sr.Adagrad(lr=0.05, eps=0.1), sr.FTRL(lr=0.2)),
     "streamrec FM, row-wise Adagrad": Settings(sr.Adagrad(lr=0.05, row_wise=True), sr.FTRL(lr=0.2)),
     TUNED: Settings(sr.FTRL(lr=0.1, beta=0.1, l2=60.0), sr.FTRL(lr=0.05, l2=10.0), init=0.007),
     "streamrec FM, tuned, row-wise Adagrad": Settings(

@@ -31,7 +31,10 @@ CANDIDATES = {
     "FTRL(0.1)": (sr.FTRL(lr=0.1), None),
     "Adagrad(0.05) + FTRL(0.1)": (sr.Adagrad(lr=0.05), sr.FTRL(lr=0.1)),
     "Adagrad(0.02) + FTRL(0.2)": (sr.Adagrad(lr=0.02), sr.FTRL(lr=0.2)),
-    "Adagrad(0.05) + FTRL(0.2), the default": (None, None),
+    "Adagrad(0.05) + FTRL(0.2)": (sr.Adagrad(lr=0.05), sr.FTRL(lr=0.2)),
+    "Adagrad(0.05, eps=0.1) + FTRL(0.2), the default": (None, None),
+    "Adagrad(0.05, eps=1) + FTRL(0.2)": (sr.Adagrad(lr=0.05, eps=1.0), sr.FTRL(lr=0.2)),
+    "Adagrad(0.1, eps=0.3) + FTRL(0.2)": (sr.Adagrad(lr=0.1, eps=0.3), sr.FTRL(lr=0.2)),
     "Adagrad(0.05) + FTRL(0.5)": (sr.Adagrad(lr=0.05), sr.FTRL(lr=0.5)),
     "Adagrad(0.1) + FTRL(0.2)": (sr.Adagrad(lr=0.1), sr.FTRL(lr=0.2)),
     "tuned on MovieLens": (TUNED["optimizer"], TUNED["linear_optimizer"]),
@@ -87,6 +90,8 @@ def streams(folder: Path | None) -> Iterator[Stream]:
     yield encoded(dataset.labeled, dataset.name)
     yield encoded(movielens.synthetic(100_000, seed=1).labeled, "synthetic")
     yield zipf(300_000, fields=12, ids=300_000)
+    yield zipf(300_000)
+    yield zipf(300_000, even=False)
     if folder is not None:
         yield retail(folder)
 
@@ -100,7 +105,7 @@ def main() -> None:
             model = sr.FM(stream.schema, dim=16, optimizer=optimizer, linear_optimizer=linear, seed=0)
             scores = progressive(model, stream)
             print(
-                f"  {name:42} AUC {auc(stream.labels, scores):.4f}  log loss {log_loss(stream.labels, scores):.4f}",
+                f"  {name:48} AUC {auc(stream.labels, scores):.4f}  log loss {log_loss(stream.labels, scores):.4f}",
                 flush=True,
             )
 

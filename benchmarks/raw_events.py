@@ -23,7 +23,6 @@ from benchmarks._measure import Scores, auc, environment, log_loss, one_thread
 from benchmarks.peers import SINGLE, RiverFM, RiverLR
 from benchmarks.streams import SCHEMA, movielens
 from streamrec.preprocessors import Encoder
-from streamrec.protocols import LEARN, SCORE
 
 Raw = Mapping[str, Any]
 Events = Sequence[tuple[Raw, float]]  # what was known when it was shown, and the label
@@ -47,32 +46,27 @@ def raw(examples: Sequence[sr.Labeled]) -> Events:
     return events
 
 
-def our_step() -> Step:
-    """Encode, then `FM.step`: score and learn in one call."""
+def our_one() -> Step:
+    """`Encoder.one`, then `FM.one`: score and learn in one call."""
     model = sr.FM(SCHEMA, dim=16, seed=0)
     encoder = Encoder(SCHEMA)
-    row, both = np.zeros(1, dtype=np.int64), np.full(1, SCORE | LEARN, dtype=np.int8)
-    target, weight = np.empty(1, dtype=np.float32), np.ones(1, dtype=np.float32)
 
     def step(event: Raw, label: float) -> float:
-        target[0] = label
         shown = sr.Impression("", event["time"], event["user"], event["item"], event)
-        return float(model.step(encoder([shown]).batch, row, both, target, weight)[0])
+        return model.one(encoder.one(shown).batch, label)
 
     return step
 
 
-def our_predict_then_learn() -> Step:
-    """Encode once, then `predict` and `learn` as calls of their own: what has no label yet is scored like this."""
+def our_two() -> Step:
+    """A call that scores and one that learns: what has no label yet is scored like this."""
     model = sr.FM(SCHEMA, dim=16, seed=0)
     encoder = Encoder(SCHEMA)
-    target = np.empty(1, dtype=np.float32)
 
     def step(event: Raw, label: float) -> float:
-        target[0] = label
-        batch = encoder([sr.Impression("", event["time"], event["user"], event["item"], event)]).batch
-        score = float(model.predict(batch)[0])
-        model.learn(batch, target)
+        batch = encoder.one(sr.Impression("", event["time"], event["user"], event["item"], event)).batch
+        score = model.one(batch)
+        model.one(batch, label)
         return score
 
     return step
@@ -119,8 +113,8 @@ LR, FM = "River LR, FTRL", "River FM, AdaGrad"
 def ways() -> dict[str, Way]:
     """By name; the slow ones are timed over fewer events."""
     return {
-        "streamrec FM, encode and step": Way(our_step, 20_000),
-        "streamrec FM, encode, predict, learn": Way(our_predict_then_learn, 20_000),
+        "streamrec FM.one, scored and learned": Way(our_one, 20_000),
+        "streamrec FM.one, scored, then learned": Way(our_two, 20_000),
         "streamrec OnlineTrainer.push": Way(our_push, 20_000),
         LR: Way(rivers(RiverLR().model), 10_000),
         FM: Way(rivers(RiverFM().model), 2_000),

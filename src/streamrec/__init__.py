@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from streamrec.serving import Scorer as Scorer
     from streamrec.sources import JsonLines as JsonLines
     from streamrec.sources import Memory as Memory
+    from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
+    from streamrec.trainers import BatchTrainer as BatchTrainer
+    from streamrec.trainers import JoinedEvents as JoinedEvents
     from streamrec.trainers import OnlineTrainer as OnlineTrainer
 
 _HOME = {
@@ -67,8 +70,8 @@ _HOME = {
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
     "sources": ("JsonLines", "Memory"),
-    "storage": ("Store",),
-    "trainers": ("OnlineTrainer",),
+    "storage": ("EncodedRows", "Store"),
+    "trainers": ("BatchTrainer", "JoinedEvents", "OnlineTrainer"),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
 

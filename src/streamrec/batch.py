@@ -1,15 +1,16 @@
-"""Batch: encoded impressions, columnar."""
+"""Batch: encoded impressions, columnar; and with their labels, what a model learns from an archive."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "LabeledRows"]
 
 
 def _no_text() -> NDArray[np.int32]:
@@ -78,4 +79,48 @@ class Batch:
             texts,
             (refs.reshape(self.text_refs.shape) - shift).astype(np.int32),
             self.times.copy(),
+        )
+
+    @staticmethod
+    def concatenated(batches: Sequence[Batch]) -> Batch:
+        """The rows of these batches, one after the other, over columns of their own. There must be one at least."""
+        if len(batches) == 1:
+            return batches[0]
+        parts = [batch.compact() for batch in batches]
+        ids, values, fields = (
+            np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "values", "fields")
+        )
+        ends = np.cumsum(np.concatenate([part.ends - part.starts for part in parts]), dtype=np.int64)
+        starts = ends - np.concatenate([part.ends - part.starts for part in parts])
+        places: dict[str, int] = {}
+        refs = []
+        for part in parts:
+            known = np.array([*(places.setdefault(text, len(places)) for text in part.texts), -1], dtype=np.int32)
+            refs.append(known[part.text_refs])  # a reference of -1 reads the last, which is -1
+        times = np.concatenate([part.times for part in parts])
+        return Batch(ids, values, fields, starts, ends, [*places], np.concatenate(refs), times)
+
+
+class LabeledRows(NamedTuple):
+    """Encoded impressions whose labels are known, in the order in which they are to be learned.
+
+    `labels`, `weights`: float32 `(rows,)`.
+    """
+
+    batch: Batch
+    labels: NDArray[np.float32]
+    weights: NDArray[np.float32]
+
+    def take(self, rows: NDArray[np.int64] | slice) -> LabeledRows:
+        """These rows, in this order, over the same columns."""
+        return LabeledRows(self.batch.take(rows), self.labels[rows], self.weights[rows])
+
+    @staticmethod
+    def concatenated(parts: Sequence[LabeledRows]) -> LabeledRows:
+        """One after the other. There must be one at least."""
+        if len(parts) == 1:
+            return parts[0]
+        batch = Batch.concatenated([part.batch for part in parts])
+        return LabeledRows(
+            batch, np.concatenate([part.labels for part in parts]), np.concatenate([part.weights for part in parts])
         )

@@ -1,6 +1,7 @@
 """What flows: impressions, the feedback on them, labelled examples, and what could not be read.
 
-All are frozen. Times are POSIX seconds in UTC, float64: event time, never the clock of the machine.
+All are frozen. Python's garbage collector does not look at them, which would be for nothing: only features that hold
+their own impression make a cycle. Times are POSIX seconds in UTC, float64: event time, never the clock of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Position = Mapping[str, Any]
 """Where a source stands: what JSON can hold, so that it can be saved in a checkpoint."""
 
 
-class Impression(msgspec.Struct, frozen=True, tag_field="type", tag="impression"):
+class Impression(msgspec.Struct, frozen=True, tag_field="type", tag="impression", gc=False):
     """An item shown to a user.
 
     `features`: what else was known at that moment, by name: strings, numbers, lists of strings, or
@@ -47,7 +48,7 @@ class Impression(msgspec.Struct, frozen=True, tag_field="type", tag="impression"
     score: float | None = None
 
 
-class Feedback(msgspec.Struct, frozen=True, tag_field="type", tag="feedback"):
+class Feedback(msgspec.Struct, frozen=True, tag_field="type", tag="feedback", gc=False):
     """What a user did with an impression: a `"click"`, a later `"conversion"`, or a kind of your own."""
 
     id: str
@@ -57,7 +58,7 @@ class Feedback(msgspec.Struct, frozen=True, tag_field="type", tag="feedback"):
     value: float | None = None
 
 
-class Labeled(msgspec.Struct, frozen=True, tag_field="type", tag="labeled"):
+class Labeled(msgspec.Struct, frozen=True, tag_field="type", tag="labeled", gc=False):
     """An impression whose label of one `kind` is known: 1.0 where the feedback came in time, 0.0 where not.
 
     `label` may be any probability in [0, 1]; `weight` scales the example's part in learning and metrics.

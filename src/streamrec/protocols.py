@@ -13,12 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from streamrec.batch import Batch
+from streamrec.batch import Batch, LabeledRows
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Item, Position
 from streamrec.schema import Schema
 
-__all__ = ["LEARN", "SCORE", "Changed", "Metric", "Model", "OrderedModel", "Source", "Stage", "State", "Stateful"]
+__all__ = [
+    "LEARN",
+    "SCORE",
+    "Changed",
+    "Metric",
+    "Model",
+    "OrderedModel",
+    "RowSource",
+    "Source",
+    "Stage",
+    "State",
+    "Stateful",
+]
 
 State = Mapping[str, Any]
 """Nested mappings with string keys, and lists; the leaves are numpy arrays, torch tensors, strings, bytes, numbers,
@@ -128,6 +140,31 @@ class Source(Protocol):
 
     def seek(self, position: Position) -> None:
         """Go to a position: the next `read` gives what it would have given there. Raises `SourceError` if it cannot."""
+        ...
+
+
+@runtime_checkable
+class RowSource(Stateful, Protocol):
+    """Where labeled rows come from, in order and resumable: what a `BatchTrainer` reads, once an epoch.
+
+    Its state is where it stands; the state it had at first, loaded again, makes it begin again.
+    """
+
+    @property
+    def schema(self) -> Schema:
+        """What its rows are encoded by."""
+        ...
+
+    def read(self, limit: int) -> LabeledRows | None:
+        """What the next `limit` rows or events bring, which may be no row; None at the end."""
+        ...
+
+    def span(self) -> tuple[float, float] | None:
+        """The event times of the first and the last of all rows; None where there is none. Changes nothing."""
+        ...
+
+    def fraction(self) -> float | None:
+        """The share that has been read so far, in [0, 1]; None where nobody knows."""
         ...
 
 

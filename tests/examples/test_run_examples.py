@@ -40,6 +40,14 @@ def test_service() -> None:
     assert "goes on from {'offset': 30000}" in told
 
 
+def test_archive() -> None:
+    pytest.importorskip("distributed")
+    told = run("archive.py")
+    auc = [float(line.rsplit(" ", 1)[1]) for line in told.splitlines() if ": AUC " in line]
+    assert len(auc) == 2 and min(auc) > 0.7
+    assert "the best five prints of 200 users are in 1 file" in told
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_no_example_is_left_out(path: Path) -> None:
     tests = "".join(test.read_text(encoding="utf-8") for test in Path(__file__).parent.glob("test_*.py"))

@@ -17,7 +17,7 @@ from streamrec.models.optimizers import FTRL, SGD, Adagrad, Adam, optimizer_from
 def test_they_are_plain_and_read_back(rule: Any) -> None:
     saved = msgspec.json.decode(msgspec.json.encode(msgspec.to_builtins(rule)))
     assert optimizer_from_dict(saved) == rule
-    assert len(rule.numbers()) == 4
+    assert len(rule.numbers()) == 5
     with pytest.raises(AttributeError):
         rule.lr = 1.0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,18 +65,39 @@ def test_a_row_alone_is_the_row_among_others_bit_for_bit(shown: list[Impression]
     encoder = ENCODERS[schema]
     batch, problems = encoder(shown)
     for number, one in enumerate(shown):
-        alone, its_problems = encoder([one])
-        assert row(alone, 0) == row(batch, number)
-        assert [tuple(p)[1:] for p in its_problems] == [tuple(p)[1:] for p in problems if p.row == number]
-        for name in ("ids", "values", "fields", "starts", "ends", "times", "text_refs"):
-            assert getattr(alone, name).dtype == getattr(batch, name).dtype
+        kept = encoder([one])
+        for alone, its_problems in (encoder.one(one), kept):
+            assert row(alone, 0) == row(batch, number)
+            assert alone.entries.tolist() == list(range(alone.ends[0]))
+            assert [tuple(p)[1:] for p in its_problems] == [tuple(p)[1:] for p in problems if p.row == number]
+            for name in ("ids", "values", "fields", "starts", "ends", "times", "text_refs"):
+                assert getattr(alone, name).dtype == getattr(batch, name).dtype
+        encoder.one(Impression("other", 0.0, "other", "other"))
+        assert row(kept.batch, 0) == row(batch, number)
 
 
 def test_the_row_of_the_usual_types_does_take_the_short_way() -> None:
     shown = Impression("i", 1.0, "u", "p", {"country": "nl", "price": 2, "age": None, "tags": ["a", "b"]})
-    assert ENCODERS[0]._one(shown) is not None
-    assert ENCODERS[0]._one(Impression("i", 1.0, "u", "p")) is not None  # all unknown
-    assert ENCODERS[0]._one(Impression("i", 1.0, "u", "p", {"country": 5})) is None
+    first = ENCODERS[0].one(shown).batch
+    assert ENCODERS[0].one(Impression("i", 1.0, "u", "p")).batch is first  # all unknown
+    assert ENCODERS[0].one(Impression("i", 1.0, "u", "p", {"country": 5})).batch is not first
+
+
+def test_a_copy_encodes_in_memory_of_its_own() -> None:
+    encoder = Encoder(Schema(Id("user"), Ids("tags")))
+    twin = copy.deepcopy(encoder)
+    mine = encoder.one(Impression("i", 1.0, "u", "p", {"tags": ["a"]})).batch
+    expected = row(mine, 0)
+    assert row(twin.one(Impression("j", 2.0, "v", "p")).batch, 0) != expected
+    assert row(mine, 0) == expected
+
+
+def test_each_thread_encodes_in_memory_of_its_own() -> None:
+    shown = [Impression("i", float(n), f"u{n}", "p", {"tags": [f"t{n % 7}"] * (n % 2)}) for n in range(300)]
+    expected = [row(ENCODERS[0]([one]).batch, 0) for one in shown]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            assert list(threads.map(lambda one: row(ENCODERS[0].one(one).batch, 0), shown)) == expected
 
 
 class Plain:

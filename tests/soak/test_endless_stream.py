@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import streamrec as sr
+from streamrec.batch import Batch
+from streamrec.protocols import LEARN, SCORE
 from streamrec.testing._state import first_difference
 
 pytestmark = pytest.mark.soak
@@ -74,6 +77,46 @@ def test_memory_stays_flat() -> None:
     counts = trainer.report().counts
     assert counts["learned"] > 2_600_000 and counts["duplicate"] > 25_000 and counts["outside_window"] > 10_000, counts
     assert peaks[-1] - peaks[1] < 32, f"MiB at every 500,000 events: {peaks}"
+
+
+POLICED = sr.Schema(sr.Id("user", admit=2, ttl="1d"), sr.Id("item", ttl="7d"), sr.Id("hour"))
+
+
+def test_twenty_million_ids_pass_through_a_bounded_table() -> None:
+    """50 M events of 20 M users who come, are seen now and then for hours, and go, and of items that are replaced."""
+    rng = np.random.default_rng(0)
+    model = sr.FM(POLICED, dim=8)
+    size, batches, rate = 5_000, 10_000, 100.0  # events at once, how often, events a second of event time
+    fields = np.tile(np.arange(3, dtype=np.int32), size)
+    values, ones = np.ones(3 * size, dtype=np.float32), np.ones(size, dtype=np.float32)
+    starts = np.arange(0, 3 * size, 3, dtype=np.int64)
+    rows, ops = np.arange(size), np.full(size, SCORE | LEARN, dtype=np.int8)
+    newest, peaks, held = 0, [], []
+    for n in range(batches):
+        events = n * size + np.arange(size)
+        is_new = rng.random(size) < 0.4
+        newest_now = newest + np.cumsum(is_new)
+        # the youngest come most often: half of the visits of a user fall within some 20,000 newcomers
+        ages = np.minimum((20_000 * rng.pareto(1.0, size)).astype(np.int64), newest_now)
+        users = np.where(is_new, newest_now, newest_now - ages)
+        newest = int(newest_now[-1])
+        items = events // 2_000 + rng.integers(0, 5_000, size)
+        raw = np.stack([users, items, events // 360_000 % 24], axis=1) * 3 + np.arange(3)
+        ids = (raw.astype(np.uint64).ravel() * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+        batch = Batch(ids, values, fields, starts, starts + 3, times=events / rate)
+        labels = ((users + items) % 7 < 2).astype(np.float32)
+        scores = model.step(batch, rows, ops, labels, ones)
+        assert scores.min() > 0 and scores.max() < 1
+        if n % 500 == 499:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            held.append(len(model.ids))
+    assert newest > 19_900_000
+    half = len(peaks) // 2
+    # a day of event time is 8.6 M events: the first fifth of the stream fills the table
+    assert max(held) < 3_000_000, held
+    assert peaks[-1] - peaks[half] < 32, f"MiB at every 2.5 M events: {peaks}"
+    assert max(held[half:]) < 1.05 * max(held[:half]), held
+    print(f"\nids held: {held[half]:,} to {max(held[half:]):,}; MiB: {peaks[half]:.0f} to {peaks[-1]:.0f}")
 
 
 CHILD = """

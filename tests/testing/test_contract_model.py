@@ -11,6 +11,7 @@ import streamrec.testing
 from streamrec.batch import Batch
 from streamrec.events import Impression
 from streamrec.preprocessors import encode
+from streamrec.protocols import Changed
 from streamrec.schema import Id, Schema
 from streamrec.testing import check_metric, check_model, check_source, check_stage
 
@@ -75,7 +76,84 @@ class Ordered(Rates):
         return model
 
 
-@pytest.mark.parametrize("model", [Rates, Ordered])
+class Tabled(Ordered):
+    """Saved by changes: rates in an array, which knows what rows have changed since its two marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: Any = np.empty(0, dtype=np.int64)
+        self.table: Any = np.empty((0, 2))
+        self.touched: dict[bool, set[int]] = {False: set(), True: set()}
+
+    def learn(self, batch: Batch, labels: Any, weights: Any = None) -> None:
+        super().learn(batch, labels, weights)
+        rows = {i: row for row, i in enumerate(self.sums)}  # in the order in which they came
+        self.ids = np.array(list(map(int, rows)), dtype=np.int64)
+        if len(rows) > len(self.table):
+            self.table = np.concatenate([self.table, np.zeros((len(rows) - len(self.table), 2))])
+        for i in map(str, batch.ids[batch.entries].tolist()):
+            self.table[rows[i]] = self.sums[i]
+            for touched in self.touched.values():
+                touched.add(rows[i])
+
+    def state_dict(self) -> Any:
+        return {"ids": self.ids.copy(), "table": self.table.copy()}
+
+    def live(self, published: bool = False) -> Any:
+        return self._leaves()
+
+    def _leaves(self) -> Any:
+        return {"ids": self.ids, "table": self.table}
+
+    def mark(self, published: bool = False) -> None:
+        self.touched[published].clear()
+
+    def changes(self, published: bool = False) -> Any:
+        return self._changes(np.array(sorted(self.touched[published]), dtype=np.int64))
+
+    def _changes(self, rows: Any) -> Any:
+        return {name: Changed(rows, leaf[rows], len(leaf)) for name, leaf in self._leaves().items()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.ids, self.table = np.array(state["ids"]), np.array(state["table"])
+        self.sums = {str(i): rates for i, rates in zip(self.ids.tolist(), self.table.tolist(), strict=True)}
+
+    def load_changes(self, changes: Any) -> None:
+        self.load_state_dict({name: changes[name].applied_to(leaf) for name, leaf in self._leaves().items()})
+
+
+class WithoutLive(Tabled):
+    live = property()  # type: ignore[assignment]
+
+
+class OneMark(Tabled):
+    def mark(self, published: bool = False) -> None:
+        super().mark(True)
+        super().mark(False)
+
+
+class ForgetsARow(Tabled):
+    def changes(self, published: bool = False) -> Any:
+        return self._changes(np.array(sorted(self.touched[published])[1:], dtype=np.int64))
+
+
+class ChangesThatGoOn(Tabled):
+    def changes(self, published: bool = False) -> Any:
+        return {name: Changed(np.arange(len(leaf)), leaf, len(leaf)) for name, leaf in self._leaves().items()}
+
+
+class LoadsHalf(Tabled):
+    def load_changes(self, changes: Any) -> None:
+        some = {name: Changed(one.rows[:-1], one.values[:-1], one.length) for name, one in changes.items()}
+        super().load_changes(some)
+
+
+class LiveOfAnotherDay(Tabled):
+    def live(self, published: bool = False) -> Any:
+        return {"ids": self.ids.copy(), "table": np.zeros_like(self.table)}
+
+
+@pytest.mark.parametrize("model", [Rates, Ordered, Tabled])
 def test_models_that_keep_their_promises_pass(model: Any) -> None:
     check_model(model, BATCH, LABELS)
 
@@ -273,6 +351,12 @@ class OddConfig(Ordered):
         (ForgetsWeights, "step with operations in random order"),
         (PublishesNothing, "loaded what was published: the probabilities"),
         (BeginsAnew, "go on from the published weights, do not begin anew"),
+        (WithoutLive, r"saved by changes needs changes, mark, live, load_changes; this has no \['live'\]"),
+        (OneMark, "in a store: the state"),
+        (ForgetsARow, "in a store: the state"),
+        (ChangesThatGoOn, "changes that were cut changed later; copy what is cut"),
+        (LoadsHalf, "loaded in place: the state"),
+        (LiveOfAnotherDay, r"over a copy of live\(\) made meanwhile"),
         (Amnesiac, "the config of a model made by from_config"),
         (OddConfig, r"config\['schema'\] is a Schema, which JSON cannot hold"),
     ],

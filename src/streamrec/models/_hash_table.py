@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamrec._compile import compiled
-from streamrec.models._pointers import touch
+from streamrec._pointers import touch
 
 __all__ = [
     "FREE",

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamrec._compile import compiled
+from streamrec._pointers import held, held_rows, touch
 from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
-from streamrec.models._pointers import held, held_rows, touch
 from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
 from streamrec.protocols import LEARN
 
-__all__ = ["MISFIT", "Kernels", "first_factors", "kernels_of", "located", "normalized", "width_of"]
+__all__ = ["MISFIT", "NO_ROOM", "Kernels", "first_factors", "kernels_of", "located", "normalized", "width_of"]
 
 REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
 # What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
 MOST = np.finfo(np.float32).max
 MISFIT = -1
+NO_ROOM = -3.0
 NEAR_ROWS = 8192  # fewer rows are in the cache anyway: looking ahead would cost some 4 % and bring nothing
 MAX_LOGIT = 15.0  # beyond it float32 probabilities are 0 or 1 to 3e-7, and their log loss is noise
 FREE_ROW = -np.inf  # in place of the time at which a row expires
@@ -123,6 +124,7 @@ class Kernels(NamedTuple):
     """The loops for one kind of FM."""
 
     step: Callable[..., tuple[int, int]]
+    one: Callable[..., float]
     parts: Callable[..., Any]
 
 
@@ -139,6 +141,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
     """
     begin_memory, move_linear, move_factors, linear_at, _ = updates_of(dim, factor_rule, linear_rule)
     width = width_of(dim, factor_rule, linear_rule)
+    made_of = (dim, factor_rule, linear_rule, admits, expires)
     weights_end = dim + 1
     zero = np.float32(0.0)
     half = np.float32(0.5)
@@ -258,7 +261,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         row[dim] = zero
         begin_memory(row, fnum, lnum)
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=made_of)
     def step(
         ids: Any,
         values: Any,
@@ -289,8 +292,8 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         ttl = held(pointers, TTL, np.float64)
         sketch = held(pointers, SKETCH, np.uint8)
         scale = numbers[0]
-        fnum = numbers[1:5]
-        lnum = numbers[5:9]
+        fnum = numbers[1:6]
+        lnum = numbers[6:11]
         longest = 1
         for k in range(first, len(rows)):
             if rows[k] < 0 or rows[k] >= len(starts):
@@ -419,7 +422,24 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                         touched[at] = 3
         return len(rows), left_out
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(made_of=made_of)
+    def one(columns: Any, pointers: Any, learns: bool, label: float, weight: float) -> float:
+        """`step` with one operation on the one row that `columns` points to: the score, less than 0 where it is not
+        done: `NO_ROOM`, or -1 - score where the row was left out of learning. At the end of `columns`: row 0; the two
+        operations there are."""
+        ids, values, fields = held(columns, 0, np.int64), held(columns, 1, np.float32), held(columns, 2, np.int32)
+        starts, ends, times = held(columns, 3, np.int64), held(columns, 4, np.int64), held(columns, 5, np.float64)
+        rows, ops = held(columns, 6, np.int64), held(columns, 7, np.int8)
+        op = ops[1:] if learns else ops[:1]
+        floats = np.empty(3, dtype=np.float32)
+        labels, weights, scores = floats[:1], floats[1:2], floats[2:]
+        labels[0], weights[0] = label, weight
+        done, left_out = step(ids, values, fields, starts, ends, times, rows, op, labels, weights, pointers, 0, scores)
+        if done == 0:
+            return NO_ROOM
+        return float(-1 - scores[0] if left_out else scores[0])
+
+    @compiled(fastmath=REASSOCIATE, made_of=made_of)
     def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
         """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
         slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)
@@ -460,4 +480,4 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             found[row, dim] = linear + pairs
         return found
 
-    return Kernels(step, parts)
+    return Kernels(step, one, parts)

@@ -1,5 +1,9 @@
 """How one gradient moves the parameters of one id: the optimizers' formulas, compiled.
 
+The numbers of a rule are four settings, the learning rate first, and the rate of the moment, by which FTRL multiplies
+the step: in the others it is in the learning rate already. For FTRL it cannot be, since its weights are all of its
+gradients times the learning rate, and one that changed would move them back and forth.
+
 A row of the FM's memory holds `dim` factors, the linear weight, and then what the optimizers remember of them: the
 factors' slots (each `dim` wide), the factors' row slot, the linear slots.
 """
@@ -117,7 +121,7 @@ def updates_of(dim: int, factor_rule: int, linear_rule: int) -> Updates:
             n = s[base + 1]
             grown = n + g * g
             root = math.sqrt(grown)
-            z = s[base] + g - (root - math.sqrt(n)) * numbers[0] * w[at]
+            z = s[base] + g * numbers[4] - (root - math.sqrt(n)) * numbers[0] * w[at]
             s[base] = z
             s[base + 1] = grown
             w[at] = _ftrl_weight(z, root, numbers)
@@ -157,7 +161,7 @@ def updates_of(dim: int, factor_rule: int, linear_rule: int) -> Updates:
                 n = w[b + f]
                 grown = n + g * g
                 root = math.sqrt(grown)
-                z = w[a + f] + g - (root - math.sqrt(n)) * numbers[0] * w[f]
+                z = w[a + f] + g * numbers[4] - (root - math.sqrt(n)) * numbers[0] * w[f]
                 w[a + f] = z
                 w[b + f] = grown
                 w[f] = _ftrl_weight(z, root, numbers)

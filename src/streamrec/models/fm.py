@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from streamrec._pointers import pointers_to
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, SchemaError
 from streamrec.models import _kernels
 from streamrec.models._hash_table import HAND, SIGHTED
 from streamrec.models._memory import Rows
-from streamrec.models._pointers import pointers_to
 from streamrec.models.id_table import IdTable
 from streamrec.models.optimizers import FTRL, Adagrad, Optimizer, optimizer_from_dict
 from streamrec.protocols import LEARN, SCORE, Changed, State
@@ -29,6 +29,7 @@ __all__ = ["FM"]
 SKETCH = 1 << 22
 """Bytes in which ids without a row are counted. Halved after every 2^19 sightings, so that at most some 5 % of the ids
 seen are taken for seen once more than they were."""
+_ROW, _OPS = np.zeros(1, dtype=np.int64), np.array([SCORE, SCORE | LEARN], dtype=np.int8)
 CHECKPOINT, PUBLISHED = 1, 2  # bits of a touched row: not in the last checkpoint, not in the last version
 
 
@@ -40,8 +41,8 @@ class FM(nn.Module):
     uniform with the standard deviation `init`. Memory is taken when an id is first learned.
 
     `optimizer` moves the factors and, unless `linear_optimizer` is given, the bias and the linear weights too. With
-    neither it is `Adagrad(lr=0.05)` for the factors and `FTRL(lr=0.2)` for the rest; docs/why.md says how they were
-    chosen.
+    neither it is `Adagrad(lr=0.05, eps=0.1)` for the factors and `FTRL(lr=0.2)` for the rest; docs/why.md says how they
+    were chosen.
 
     `predict`, `learn` and `step` run in one compiled loop on the CPU, over the memory of `weights`, event by event
     in order: learning 256 rows equals learning one row 256 times, bit for bit. `forward` is the same function for
@@ -78,7 +79,7 @@ class FM(nn.Module):
             raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
         self.schema = schema
         self.dim = dim
-        self.optimizer: Optimizer = optimizer or Adagrad(lr=0.05)
+        self.optimizer: Optimizer = optimizer or Adagrad(lr=0.05, eps=0.1)
         self.linear_optimizer: Optimizer = linear_optimizer or optimizer or FTRL(lr=0.2)
         self.init = init
         self.seed = seed
@@ -109,10 +110,28 @@ class FM(nn.Module):
         self.register_buffer("statistics", torch.zeros(len(schema), 3, dtype=torch.float64))
         standardize = [isinstance(f, Number) and f.standardize for f in schema]
         self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
+        self._rate = 1.0
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
         kinds = (rule.kind, linear.kind)
+        self._row: tuple[Batch | None, NDArray[np.int64], Any] = None, np.zeros(0, dtype=np.int64), ()
         self._kernels = _kernels.kernels_of(dim, *kinds, admits, self._expires)
         self._new_rows(self.ids.capacity)
+
+    @property
+    def rate(self) -> float:
+        """What multiplies the steps of both optimizers, from 0 to 1000; 1 at first. A learning-rate schedule sets it.
+
+        No part of the state: what is loaded goes on at the rate of the model that loads it. Raises `ConfigError`.
+        """
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        if not 0 <= rate <= 1000:
+            raise ConfigError(f"rate must be from 0 to 1000, got {rate!r}")
+        self._rate = float(rate)
+        # in place: the compiled loops hold its address
+        self._numbers[1:] = [*self.optimizer.numbers(self._rate), *self.linear_optimizer.numbers(self._rate)]
 
     # -- the rows ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +273,8 @@ class FM(nn.Module):
         while True:
             pointers = self._map()
             done, left_out = self._kernels.step(*columns, rows, ops, labels, weights, pointers, done, scores)
-            self.left_out += left_out
+            if left_out:  # a module takes long to set an attribute
+                self.left_out += left_out
             if done == len(rows):
                 break
             if done == _kernels.MISFIT:
@@ -267,6 +287,52 @@ class FM(nn.Module):
         if self.ids.behind and self.ids.keep_up(int((batch.ends[rows] - batch.starts[rows]).sum())):
             self._pointers = None
         return scores
+
+    def one(self, batch: Batch, label: float | None = None, weight: float = 1.0) -> float:
+        """The click probability of the one row of `batch`; where there is a `label`, that row is learned then.
+
+        As `step`, bit for bit, for a stream that comes one event at a time: fastest where the batch is the same each
+        time, as is that of `Encoder.one`.
+
+        >>> from streamrec import Id, Impression, Schema
+        >>> from streamrec.preprocessors import Encoder
+        >>> model = FM(Schema(Id("user"), Id("item")), dim=4)
+        >>> encoder = Encoder(model.schema)
+        >>> shown = Impression(id="i1", time=0.0, user="u1", item="p9")
+        >>> before = model.one(encoder.one(shown).batch, label=1.0)
+        >>> model.one(encoder.one(shown).batch) > before
+        True
+        """
+        known, columns, _ = self._row
+        if known is not batch:
+            columns = self._take_row(batch)
+        learns = label is not None
+        pointers = self._pointers if self._pointers is not None else self._map()
+        score = self._kernels.one(columns, pointers, learns, label if learns else 0.0, weight)
+        if score < 0:
+            if score == _kernels.NO_ROOM:
+                self._make_room(int(batch.ends[0] - batch.starts[0]))
+                return self.one(batch, label, weight)
+            self.left_out += 1
+            return -1 - score
+        if learns and self.ids.behind and self.ids.keep_up(int(batch.ends[0] - batch.starts[0])):
+            self._pointers = None
+        return score
+
+    def _take_row(self, batch: Batch) -> NDArray[np.int64]:
+        """Remember where the columns of a batch of one row are."""
+        if len(batch) != 1 or (self._expires and len(batch.times) != 1):
+            raise ConfigError(
+                f"one() takes a batch of one row, with its time where a field has a ttl; got {len(batch)} rows and "
+                f"{len(batch.times)} times"
+            )
+        arrays = tuple(
+            np.ascontiguousarray(column)
+            for column in (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times)
+        )
+        columns = pointers_to((*arrays, _ROW, _OPS))
+        self._row = batch, columns, arrays
+        return columns
 
     def parts(self, batch: Batch) -> NDArray[np.float32]:
         """float32 `(rows, dim + 1)`: of the entries of each row Σ v_i x_i, and last, Σ w_i x_i and the pairs among
@@ -315,6 +381,12 @@ class FM(nn.Module):
             linear = weights[:, self.dim]
             memory[:, -self._linear_slots] = torch.where(linear == 0, 0.0, self.linear_optimizer.start(linear))
         self.optimizer_rows[rows] = memory
+
+    def _begin_bias(self) -> None:
+        """The same of the bias."""
+        self.optimizer_bias.zero_()
+        if isinstance(self.linear_optimizer, FTRL):
+            self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, float32 `(rows,)`, on the parameters' device, differentiable in `weights` and `bias`.
@@ -407,6 +479,7 @@ class FM(nn.Module):
                 self.optimizer_bias.copy_(changes["optimizer_bias"])
             else:
                 self._begin_optimizers(torch.from_numpy(rows))
+                self._begin_bias()
         expiry = changes["expiry"].values.numpy() if "expiry" in changes else math.inf
         self._load_policies(changes, rows, expiry)
         self._touched.array[rows] = CHECKPOINT | PUBLISHED
@@ -521,9 +594,7 @@ class FM(nn.Module):
                 self.optimizer_bias.copy_(state_dict[prefix + "optimizer_bias"])
             else:
                 self._begin_optimizers(torch.arange(used))
-                self.optimizer_bias.zero_()
-                if isinstance(self.linear_optimizer, FTRL):
-                    self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
+                self._begin_bias()
         self._touched.array[:used] = CHECKPOINT | PUBLISHED
         expiry = state_dict.get(prefix + "expiry")
         self._load_policies(state_dict, slice(used), math.inf if expiry is None else expiry.numpy(), prefix)

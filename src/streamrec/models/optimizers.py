@@ -35,11 +35,12 @@ class _Settings(msgspec.Struct, frozen=True, tag_field="optimizer"):
             if value < {"lr": 1e-12, "eps": 1e-30}.get(name, 0.0):
                 raise ConfigError(f"{type(self).__name__}: {name} must be > 0, got {value!r}")
 
-    def numbers(self) -> tuple[float, float, float, float]:
-        """The settings in the order in which the kernels read them, filled up to four."""
+    def numbers(self, rate: float = 1.0) -> tuple[float, float, float, float, float]:
+        """The settings in the order in which the kernels read them, filled up to four, and `rate`, which multiplies
+        every step."""
         values = [float(getattr(self, name)) for name in self.__struct_fields__]
         first, second, third, fourth, *_ = [*values, 0.0, 0.0, 0.0, 0.0]
-        return first, second, third, fourth
+        return rate * first, second, third, fourth, rate
 
 
 class SGD(_Settings, frozen=True, tag="sgd"):
@@ -105,8 +106,8 @@ class FTRL(_Settings, frozen=True, tag="ftrl"):
                 f"got {self.beta!r} and {self.l2!r}"
             )
 
-    def numbers(self) -> tuple[float, float, float, float]:
-        return 1.0 / self.lr, self.beta, self.l1, self.l2  # the kernels multiply by 1 / lr
+    def numbers(self, rate: float = 1.0) -> tuple[float, float, float, float, float]:
+        return 1.0 / self.lr, self.beta, self.l1, self.l2, rate  # the kernels multiply by 1 / lr
 
     def start(self, weights: Tensor) -> Tensor:
         """The z of weights that have seen no gradient yet: what makes FTRL begin where they stand, not at 0."""

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
+from streamrec._pointers import touch
 from streamrec.errors import ConfigError
 from streamrec.models._kernels import MAX_LOGIT, MOST, REASSOCIATE
 from streamrec.models.fm import FM
@@ -36,6 +37,7 @@ TILE = 256  # items whose codes share their steps, and lie together, factor by f
 SMALLEST_STEP = np.float32(1e-32)  # of a code: its inverse is an ordinary float32
 SAFE = 1e37  # a sum of terms no larger in all is finite in float32, in whatever order
 NO_SUCH_PLACE = -1
+AHEAD = 12  # rows whose memory is on its way to the cache
 
 
 def logits(model: FM, shared: Floats, items: Floats, places: Places) -> Floats:
@@ -244,7 +246,7 @@ def _kernels_of(dim: int) -> _Kernels:
         logit += bias + shared[dim] + items[row, np.uint64(dim)]
         return logit if abs(logit) <= MOST else bias
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def logits(shared: Any, items: Any, places: Any, bias: Any) -> Any:
         found = np.empty(len(places), dtype=np.float32)
         for k in range(len(places)):
@@ -253,13 +255,16 @@ def _kernels_of(dim: int) -> _Kernels:
             found[k] = with_item(shared, items, places[k], bias)
         return found
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def best(shared: Any, items: Any, places: Any, bias: Any, k: int) -> Any:
         found = np.empty(k, dtype=np.float32)
         where = np.empty(k, dtype=np.int64)
         for n in range(len(places)):
             if places[n] < 0 or places[n] >= len(items):
                 return NO_SUCH_PLACE, where, found
+            if n + AHEAD < len(places):  # touching a place that is none does no harm
+                touch(items, places[n + AHEAD], 0)
+                touch(items, places[n + AHEAD], dim)
             logit = with_item(shared, items, places[n], bias)
             if n < k:
                 _rise(found, where, n, logit, n)
@@ -268,7 +273,7 @@ def _kernels_of(dim: int) -> _Kernels:
         _unheap(found, where, k)
         return k, where, found
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def threshold(shared: Any, bias: Any, steps: Any, weights: Any, worst: Any) -> Any:
         """What the rough sum of an item of this tile comes to at least, if its logit is over `worst`.
 
@@ -288,7 +293,7 @@ def _kernels_of(dim: int) -> _Kernels:
         least = np.float64(worst) - np.float64(bias) - np.float64(shared[dim]) - hidden
         return np.float32(least - 2e-7 * abs(least))  # down, whatever the rounding to float32
 
-    @compiled(fastmath=REASSOCIATE)
+    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
     def top(shared: Any, items: Any, bias: Any, k: int, skipped: Any, codes: Any, steps: Any) -> Any:
         found = np.empty(k, dtype=np.float32)
         places = np.empty(k, dtype=np.int64)

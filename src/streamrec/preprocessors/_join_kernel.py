@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamrec._compile import compiled
+from streamrec._pointers import held, held_rows
 from streamrec.preprocessors._keyed_rows import EMPTY, KEY, find, key_of, pop, push, put, remove, take_out
 from streamrec.preprocessors.hashing import end_of
 
@@ -20,6 +21,7 @@ __all__ = [
     "ARRIVALS",
     "CLOSED",
     "EARLY",
+    "FOREVER",
     "FREE_EARLY",
     "FREE_OPEN",
     "NUMBERS",
@@ -33,7 +35,7 @@ __all__ = [
     "WAITING",
     "advance",
     "advance_one",
-    "close",
+    "close_all",
     "in_queues",
     "keep_all",
 ]
@@ -62,6 +64,9 @@ CLOSED = np.dtype(
         ("last", np.bool_),
     ]
 )
+
+FOREVER = 1e300
+"""Times and windows stay below it, so that their sums stay finite."""
 
 UNKNOWN, SHOWN, PASSED = -1, -2, -3
 """What an event is, by its code: feedback of no kind, an impression, none of the join's; from 0: feedback by kind."""
@@ -93,23 +98,36 @@ NUMBERS = len(REASONS) + 6
 ARRIVALS, OPENED, RECENT, WAITING, FREE_OPEN, FREE_EARLY = range(len(REASONS), NUMBERS)
 
 
+@compiled(inline=True)
+def _memory(pointers: Any) -> Any:
+    """What `LabelJoin` points to: windows and times; numbers; of open impressions their rows, table, heap and queues;
+    of early feedback its rows, table and heap; records for what one event closes.
+
+    `times`: the watermark, then the lateness. `pointers` ends with the capacity.
+    """
+    windows, times, numbers = held(pointers, 0, np.float64), held(pointers, 1, np.float64), held(pointers, 2, np.int64)
+    opens, open_table, recent = held(pointers, 3, OPEN), held(pointers, 4, np.int64), held(pointers, 5, np.int64)
+    queues = held_rows(pointers, 6, 2, np.int64)
+    earlies, early_table = held(pointers, 7, EARLY), held(pointers, 8, np.int64)
+    expiring = held(pointers, 9, np.int64)
+    return windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring
+
+
 @compiled()
-def advance(
-    begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: Any, settings: Any, memory: Any, closed: Any
-) -> Any:
+def advance(begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: Any, pointers: Any, closed: Any) -> Any:
     """Take the events from number `begin` on; write what their times close to `closed`.
 
-    `settings`: windows, lateness, capacity, the time that none may reach, the watermark. `memory`: numbers; of open
-    impressions their rows, table, heap and queues; of early feedback its rows, table and heap. Returns the number of
-    the event to go on with when there is room again, and how much is in `closed`.
+    Returns the number of the event to go on with when there is room again, and how much is in `closed`.
     """
+    memory = _memory(pointers)
+    capacity = pointers[-1]
     count = 0
     first = 0
     for n in range(len(times)):
         end = end_of(data, first, cuts, n)
         if n >= begin and codes[n] != PASSED:
             high, low = key_of(data, first, end)
-            done, count = _take(n, high, low, times[n], codes[n], payloads[n], settings, memory, closed, count)
+            done, count = _take(n, high, low, times[n], codes[n], payloads[n], capacity, memory, closed, count)
             if not done:
                 return n, count
         first = end + 1
@@ -117,13 +135,22 @@ def advance(
 
 
 @compiled()
-def advance_one(data: Any, time: float, code: int, payload: int, settings: Any, memory: Any, closed: Any) -> Any:
-    """`advance` with one event, `data` its id. Returns whether there was room for it, and how much is in `closed`."""
+def advance_one(data: Any, time: float, code: int, payload: int, pointers: Any) -> Any:
+    """`advance` with one event, `data` its id. Returns how much is in `closed`, the last of `pointers`: taking an array
+    of records in takes longer than all the rest. Less than 0 where there was no room for all: -1 - count."""
     high, low = key_of(data, 0, len(data))
-    return _take(0, high, low, time, code, payload, settings, memory, closed, 0)
+    closed = held(pointers, 10, CLOSED)
+    done, count = _take(0, high, low, time, code, payload, pointers[-1], _memory(pointers), closed, 0)
+    return count if done else -1 - count
 
 
-# inlined: as a call it would count references to nine arrays, for each event
+@compiled()
+def close_all(pointers: Any, closed: Any) -> int:
+    """Close as if the watermark were infinite, into `closed`, which has room; returns how much is in it."""
+    return _close(np.inf, 0, _memory(pointers), closed, 0)
+
+
+# inlined: as a call it would count references to ten arrays, for each event
 @compiled(inline=True)
 def _take(
     n: int,
@@ -132,15 +159,14 @@ def _take(
     time: float,
     code: int,
     payload: int,
-    settings: Any,
+    capacity: int,
     memory: Any,
     closed: Any,
     count: int,
 ) -> Any:
     """Take an event, or as much of what it closes as there is room for; taken again, it goes on from there."""
-    windows, lateness, capacity, forever, watermark = settings
-    numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
-    if not (watermark[0] <= time < forever):  # so nan is late too
+    windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
+    if not (times[0] <= time < FOREVER):  # so nan is late too
         if code == SHOWN:
             if count == len(closed):
                 return False, count
@@ -149,9 +175,9 @@ def _take(
         else:
             numbers[_LATE_FEEDBACK] += 1
         return True, count
-    if time - lateness > watermark[0]:
-        watermark[0] = time - lateness
-    count = close(watermark[0], n, windows, memory, closed, count)
+    if time - times[1] > times[0]:
+        times[0] = time - times[1]
+    count = _close(times[0], n, memory, closed, count)
     # more may be due, and what follows needs room
     if len(closed) - count < 1 + max(0, numbers[OPENED] + 1 - capacity):
         return False, count
@@ -188,9 +214,9 @@ def _take(
 
 
 @compiled(inline=True)
-def close(watermark: float, event: int, windows: Any, memory: Any, closed: Any, count: int) -> int:
+def _close(watermark: float, event: int, memory: Any, closed: Any, count: int) -> int:
     """Write what closes before `watermark` to `closed`, as much as it has room for; returns how much is in it."""
-    numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
+    windows, _, numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
     while numbers[RECENT] and opens[recent[0]].time < watermark:
         row = pop(recent, numbers[RECENT], opens)
         numbers[RECENT] -= 1

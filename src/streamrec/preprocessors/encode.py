@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -17,23 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec._compile import compiled
 from streamrec.batch import Batch
 from streamrec.events import Impression
-from streamrec.preprocessors.hashing import end_of, hash_bytes, packed, xxh64
+from streamrec.preprocessors._assemble import UNKNOWN, assemble
+from streamrec.preprocessors._one_row import Rows
+from streamrec.preprocessors.hashing import hash_bytes, packed
 from streamrec.schema import Field, Id, Ids, Number, Schema, Text
 
 NoneType = type(None)
 
 __all__ = ["Encoded", "Encoder", "Problem", "encode"]
 
-# A lone surrogate, which no text holds; its bytes, ed b3 bf, are in no UTF-8: "unknown" cannot be somebody's value.
-UNKNOWN = "\udcff"
-
 _OWN = ("user", "item")  # read from the impression itself
-_PLAIN_NUMBERS = {float, int, NoneType}
-_NO_NUMBERS = np.empty((0, 1), dtype=np.float64)
-_NO_LENGTHS = np.empty((0, 1), dtype=np.int64)
 _NO_REFS = np.zeros((0, 0), dtype=np.int32)
 
 
@@ -59,7 +54,8 @@ class Encoder:
     """Turns impressions into batches by a schema.
 
     The id of a value is XXH64 of its UTF-8 bytes, seeded by XXH64 of the field's name, seeded by the schema's seed.
-    A row holds one entry for each `Id` and `Number`, in the schema's order, then those of its `Ids`.
+    A row holds one entry for each `Id` and `Number`, in the schema's order, then those of its `Ids`. `only`: the fields
+    to encode, by name; None: all. The entries are those that the whole row would have of them.
 
     >>> from streamrec import Id, Ids, Impression, Schema
     >>> encoder = Encoder(Schema(Id("user"), Ids("genres")))
@@ -68,21 +64,21 @@ class Encoder:
     array([1. , 0.5, 0.5], dtype=float32)
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, *, only: Collection[str] | None = None) -> None:
         self.schema = schema
+        chosen = [f for f in schema if only is None or f.name in only]
         seeds = {f.name: hash_bytes(f.name.encode(), schema.seed) for f in schema}
         places = {f.name: place for place, f in enumerate(schema)}
-        self._columns = [(f, _column(f)) for f in schema if isinstance(f, Id)]
-        self._numbers = [(f, _column(f)) for f in schema if isinstance(f, Number)]
-        self._lists = [(f, _column(f)) for f in schema if isinstance(f, Ids)]
-        self._texts = [(f, _column(f)) for f in schema if isinstance(f, Text)]
-        single = [f for f in schema if isinstance(f, (Id, Number))]
+        self._columns = [(f, _column(f)) for f in chosen if isinstance(f, Id)]
+        self._numbers = [(f, _column(f)) for f in chosen if isinstance(f, Number)]
+        self._lists = [(f, _column(f)) for f in chosen if isinstance(f, Ids)]
+        self._texts = [(f, _column(f)) for f in chosen if isinstance(f, Text)]
+        single = [f for f in chosen if isinstance(f, (Id, Number))]
         offsets = {f.name: offset for offset, f in enumerate(single)}
         numbers = [f for f, _ in self._numbers]
         ids = [f for f, _ in self._columns]
         lists = [f for f, _ in self._lists]
         own: list[Any] = [*numbers, *lists]
-        named: list[Any] = [*ids, *own]
         # uint64 (ids, 3), (numbers, 5), (lists, 2) and float64 (numbers,): what `_assemble` has to know of each field
         self._plan = (
             _table([(seeds[f.name], places[f.name], offsets[f.name]) for f in ids], 3),
@@ -103,20 +99,18 @@ class Encoder:
             len(schema),
         )
         self._single = len(single)
-        # for one row: those read from the impression, then by name the features of ids, numbers and lists
-        self._own = [(place, f.name == "user") for place, f in enumerate(ids) if f.name in _OWN]
-        self._names = [f.name for f in named if f.name not in _OWN]
-        self._pick = itemgetter(*self._names) if len(self._names) > 1 else None
-        self._ends = (len(ids) - len(self._own), len(ids) - len(self._own) + len(numbers))
-        self._limits = [f.limit for f in lists]
-        self._simple = not self._texts and not any(f.name in _OWN for f in own)
+        names = [f.name for f in (*ids, *own) if f.name not in _OWN]
+        self._pick = itemgetter(*names) if len(names) > 1 else None
+        # numpy is slow with single values
+        plain = not self._texts and not any(f.name in _OWN for f in own)
+        self._rows = Rows(chosen, self._plan, _faultless) if plain else None
 
     def __call__(self, impressions: Sequence[Impression]) -> Encoded:
         """Encode these impressions, a row each, in their order."""
-        if self._simple and len(impressions) == 1:
-            encoded = self._one(impressions[0])
-            if encoded is not None:
-                return encoded
+        if self._rows is not None and len(impressions) == 1:
+            alone = self._rows.row
+            if alone.take(impressions[0]):
+                return Encoded(alone.copy(), [])
         problems: list[Problem] = []
         count = len(impressions)
         features = [shown.features for shown in impressions]
@@ -143,6 +137,21 @@ class Encoder:
         texts, refs = self._read_texts(impressions, features, problems)
         return Encoded(Batch(ids, values, fields, starts, ends, texts, refs, times), problems)
 
+    def one(self, impression: Impression) -> Encoded:
+        """Encode one impression, in memory that the next call in this thread takes again: half the time of a call with
+        a list of one, for what is done with the batch before the next comes.
+
+        >>> from streamrec import Id, Schema
+        >>> encoder = Encoder(Schema(Id("user")))
+        >>> len(encoder.one(Impression("i1", time=0.0, user="u1", item="p9")).batch)
+        1
+        """
+        rows = self._rows
+        if rows is not None and rows.row.take(impression):
+            encoded: Encoded = rows.result
+            return encoded
+        return self([impression])
+
     def _read_columns(
         self, impressions: Sequence[Impression], features: Sequence[Mapping[str, Any]]
     ) -> Iterator[Sequence[Any]]:
@@ -161,45 +170,6 @@ class Encoder:
                 )
         return (read(impressions, features) for _, read in fields)
 
-    def _one(self, shown: Impression) -> Encoded | None:
-        """One row, where all its values are of the usual types; None where not. numpy is slow with single values."""
-        found = list(map(shown.features.get, self._names))
-        ids, floats = self._ends
-        strings: list[Any] = found[:ids]
-        for place, user in self._own:
-            strings.insert(place, shown.user if user else shown.item)
-        if None in strings:
-            strings = [UNKNOWN if value is None else value for value in strings]
-        entries = self._single
-        numbers, lengths = _NO_NUMBERS, _NO_LENGTHS
-        try:
-            if floats > ids:
-                known = found[ids:floats]
-                numbers = np.array(known, dtype=np.float64)  # None: nan
-                finite = int(np.count_nonzero(np.isfinite(numbers)))
-                if not {*map(type, known)} <= _PLAIN_NUMBERS or finite + known.count(None) < len(known):
-                    return None
-                numbers.shape = (floats - ids, 1)
-            if self._limits:
-                counts = []
-                for several, limit in zip(found[floats:], self._limits, strict=True):
-                    if several is None:
-                        counts.append(0)
-                        continue
-                    size = len(several)
-                    if type(several) is not list or size > limit or len({*several}) < size:
-                        return None
-                    strings += several
-                    counts.append(size)
-                    entries += size
-                lengths = np.array(counts, dtype=np.int64)
-                lengths.shape = (len(counts), 1)
-            columns = self._assembled(1, entries, strings, numbers, lengths)
-        except (TypeError, ValueError, OverflowError):  # a value of another type: the careful way finds which
-            return None
-        times = np.array([shown.time], dtype=np.float64)
-        return Encoded(Batch(*columns, (), _NO_REFS, times), [])
-
     def _assembled(
         self, rows: int, entries: int, strings: Sequence[str], numbers: NDArray[np.float64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
@@ -209,7 +179,7 @@ class Encoder:
             *(np.empty(entries, dtype=np.int64), np.empty(entries, dtype=np.float32)),
             *(np.empty(entries, dtype=np.int32), np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)),
         )
-        _assemble(data, cuts, numbers, lengths, *self._plan, *columns)
+        assemble(data, cuts, numbers, lengths, *self._plan, *columns)
         return columns
 
     def _read_texts(
@@ -239,6 +209,10 @@ def _column(field: Field) -> Callable[[Sequence[Impression], Sequence[Mapping[st
     if name == "item":
         return lambda impressions, _: [shown.item for shown in impressions]
     return lambda _, features: [known.get(name) for known in features]
+
+
+def _faultless(batch: Batch) -> Encoded:
+    return Encoded(batch, ())
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> NDArray[np.uint64]:
@@ -353,70 +327,3 @@ def _shares(value: Any, row: int, field: Ids, problems: list[Problem]) -> dict[s
         return shares
     total = sum(shares.values())
     return {text: count / total for text, count in shares.items()}
-
-
-@compiled()
-def _assemble(
-    data: Any,
-    cuts: Any,
-    numbers: Any,
-    counts: Any,
-    columns: Any,
-    number_columns: Any,
-    scales: Any,
-    lists: Any,
-    field_count: int,
-    ids: Any,
-    values: Any,
-    fields: Any,
-    starts: Any,
-    ends: Any,
-) -> None:
-    """Fill the columns of a batch, row after row, from the texts and numbers, field after field."""
-    rows = len(starts)
-    single = len(columns) + len(number_columns)
-    at = 0
-    for row in range(rows):
-        starts[row] = at
-        at += single
-        for k in range(len(lists)):
-            at += counts[k, row]
-        ends[row] = at
-    text = 0
-    begin = 0
-    for k in range(len(columns)):
-        for row in range(rows):
-            entry = starts[row] + np.int64(columns[k, 2])
-            end = end_of(data, begin, cuts, text)
-            ids[entry] = np.int64(xxh64(data, begin, end, columns[k, 0]))
-            values[entry] = 1.0
-            fields[entry] = columns[k, 1]
-            begin = end + 1
-            text += 1
-    for k in range(len(number_columns)):
-        for row in range(rows):
-            entry = starts[row] + np.int64(number_columns[k, 1])
-            x = numbers[k, row]
-            fields[entry] = number_columns[k, 0]
-            if math.isnan(x):
-                fields[entry] += field_count
-                ids[entry] = np.int64(number_columns[k, 3])
-                values[entry] = 1.0
-            else:
-                if number_columns[k, 4]:
-                    x = math.copysign(math.log1p(abs(x)), x)
-                ids[entry] = np.int64(number_columns[k, 2])
-                values[entry] = min(max(x / scales[k], -1e30), 1e30)  # so that float32 holds it
-    for k in range(len(lists)):
-        for row in range(rows):
-            entry = starts[row] + single
-            for before in range(k):
-                entry += counts[before, row]
-            for _ in range(counts[k, row]):
-                end = end_of(data, begin, cuts, text)
-                ids[entry] = np.int64(xxh64(data, begin, end, lists[k, 0]))
-                values[entry] = 1.0 / counts[k, row]
-                fields[entry] = lists[k, 1]
-                begin = end + 1
-                text += 1
-                entry += 1

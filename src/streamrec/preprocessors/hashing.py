@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 
-__all__ = ["end_of", "hash_bytes", "joined", "packed", "uniform", "xxh64"]
+__all__ = ["end_of", "NO_CUTS", "hash_bytes", "joined", "packed", "uniform", "xxh64"]
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -89,7 +89,7 @@ def joined(strings: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]
     return data, np.cumsum(lengths, dtype=np.int64) - 1
 
 
-_NO_CUTS = np.empty(0, dtype=np.int64)
+NO_CUTS = np.empty(0, dtype=np.int64)
 
 
 def packed(strings: Sequence[str]) -> tuple[bytes, NDArray[np.int64]]:
@@ -98,7 +98,7 @@ def packed(strings: Sequence[str]) -> tuple[bytes, NDArray[np.int64]]:
     `end_of` tells where each ends. Raises `TypeError` where a string is none.
     """
     data = ("\0".join(strings) + "\0").encode("utf-8", "surrogatepass")
-    return data, _NO_CUTS if data.count(0) == max(len(strings), 1) else joined(strings)[1]
+    return data, NO_CUTS if data.count(0) == max(len(strings), 1) else joined(strings)[1]
 
 
 @compiled()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrec._pointers import pointers_to
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
 from streamrec.preprocessors import _join_kernel
-from streamrec.preprocessors._join_kernel import CLOSED, PASSED, SHOWN, UNKNOWN
+from streamrec.preprocessors._join_kernel import CLOSED, FOREVER, PASSED, SHOWN, UNKNOWN
 from streamrec.preprocessors._keyed_rows import empty_table, put_all
 from streamrec.preprocessors.hashing import packed
 from streamrec.protocols import State
@@ -23,11 +24,9 @@ __all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event
 
 kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy can follow
 
-_FOREVER = 1e300
-"""Times and windows stay below it, so that their sums stay finite."""
-
 _MOST_KINDS = 62  # bits of a row's `positive`
 _SMALLEST = 1024
+_time_of = attrgetter("time")
 _USUAL = {Impression, Feedback}
 
 
@@ -88,9 +87,9 @@ class LabelJoin:
         for kind, window in windows.items():
             if not isinstance(kind, str) or not kind:
                 raise ConfigError(f"windows must be keyed by the kind of feedback, a string, got {kind!r}")
-            if not 0.0 < window < _FOREVER:
+            if not 0.0 < window < FOREVER:
                 raise ConfigError(f"the window of {kind!r} must be > 0 seconds and finite, got {window!r}")
-        if not 0.0 <= lateness < _FOREVER:
+        if not 0.0 <= lateness < FOREVER:
             raise ConfigError(f"lateness must be >= 0 seconds and finite, got {lateness!r}")
         if not capacity >= 1:
             raise ConfigError(f"capacity must be >= 1, got {capacity!r}")
@@ -107,7 +106,8 @@ class LabelJoin:
         self._clear()
 
     def _clear(self, opens: int = _SMALLEST, earlies: int = _SMALLEST) -> None:
-        self._watermark = np.full(1, -_FOREVER)
+        self._times = np.array([-FOREVER, self.lateness])  # the watermark is the first
+        self._pointers: NDArray[np.int64] | None = None
         self._numbers = np.zeros(kernel.NUMBERS, dtype=np.int64)
         self._opens, self._open_table, self._recent = _rows(opens, kernel.OPEN)
         self._queues = np.full((len(self.kinds), 2), -1, dtype=np.int64)  # (kinds, 2): the first row and the last
@@ -128,7 +128,7 @@ class LabelJoin:
     @property
     def watermark(self) -> float:
         """The event time believed complete: `lateness` behind the newest event, -inf before the first."""
-        return float(self._watermark[0]) if self._watermark[0] > -_FOREVER else -inf
+        return float(self._times[0]) if self._times[0] > -FOREVER else -inf
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -187,15 +187,15 @@ class LabelJoin:
         else:
             id, code, number = event.impression_id, self._code.get(event.kind, UNKNOWN), 0
         data = id.encode("utf-8", "surrogatepass")
-        done, count = kernel.advance_one(data, float(event.time), code, number, *self._state(), self._few)
-        if done:
-            return self._given_back(self._few[:count]) if count else _NONE
-        found = list(self._given_back(self._few[:count]))
-        while not done:
-            closed = self._room(1)
-            done, count = kernel.advance_one(data, float(event.time), code, number, *self._state(), closed)
-            found += self._given_back(closed[:count])
-        return found
+        count = kernel.advance_one(data, float(event.time), code, number, self._map())
+        if not count:
+            return _NONE
+        found = []
+        while count < 0:  # there was no room for all
+            found += self._given_back(self._few[: -1 - count])
+            self._few = self._room(1)
+            count = kernel.advance_one(data, float(event.time), code, number, self._map())
+        return found + self._given_back(self._few[:count])
 
     def codes(self, events: Sequence[Event]) -> NDArray[np.int64]:
         """int64 `(n,)`: what each event is to `steps`. From 0: feedback of `kinds[code]`; -1: of another kind; -2: an
@@ -220,27 +220,19 @@ class LabelJoin:
         """
         if not len(events):
             return np.empty(0, dtype=CLOSED)
-        names: list[str]
-        times: NDArray[np.float64]
-        if {*map(type, events)} <= _USUAL:
-            plain: Any = events
-            names = [event.id if type(event) is Impression else event.impression_id for event in plain]
-            times = np.array([event.time for event in plain], dtype=np.float64)
-        else:
-            names = [
-                event.id
-                if isinstance(event, Impression)
-                else event.impression_id
-                if isinstance(event, Feedback)
-                else ""
-                for event in events
-            ]
-            times = np.array([0.0 if isinstance(event, Labeled) else event.time for event in events], dtype=np.float64)
+        some: Any = events
+        try:
+            names = [event.id if type(event) is Impression else event.impression_id for event in some]
+            times = np.fromiter(map(_time_of, some), dtype=np.float64, count=len(some))
+        except AttributeError:  # labeled examples, or kinds of impressions
+            some = [None if isinstance(event, Labeled) else event for event in events]
+            names = [_id_of(event) for event in some]
+            times = np.array([0.0 if event is None else event.time for event in some], dtype=np.float64)
         data, cuts = packed(names)
         done, parts = 0, []
         closed = np.empty(2 * len(events) + 64, dtype=CLOSED)
         while True:
-            done, count = kernel.advance(done, data, cuts, times, codes, payloads, *self._state(), closed)
+            done, count = kernel.advance(done, data, cuts, times, codes, payloads, self._map(), closed)
             parts.append(closed[:count])
             if done == len(events):
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -256,20 +248,21 @@ class LabelJoin:
 
     def _drained(self) -> NDArray[Any]:
         closed = np.empty(self.pending * len(self.kinds), dtype=CLOSED)
-        count = kernel.close(inf, 0, self._widths, self._memory(), closed, 0)
+        count = kernel.close_all(self._map(), closed)
         return closed[:count]
 
-    def _memory(self) -> Any:
-        opens = self._opens, self._open_table, self._recent, self._queues
-        return self._numbers, *opens, self._earlies, self._early_table, self._expiring
-
-    def _state(self) -> Any:
-        settings = self._widths, self.lateness, min(self.capacity, 2**62), _FOREVER, self._watermark
-        return settings, self._memory()
+    def _map(self) -> NDArray[np.int64]:
+        """Where the loops find what is remembered; good until that moves."""
+        if self._pointers is None:
+            opens = self._opens, self._open_table, self._recent, self._queues
+            earlies = self._earlies, self._early_table, self._expiring
+            arrays = self._widths, self._times, self._numbers, *opens, *earlies, self._few
+            self._pointers = pointers_to(arrays, min(self.capacity, 2**62))
+        return self._pointers
 
     def _room(self, more: int) -> NDArray[Any]:
         """Free rows for `more` impressions and as much feedback, and records for what they may close."""
-        numbers = self._numbers
+        numbers, self._pointers = self._numbers, None
         if numbers[kernel.OPENED] + more > len(self._opens):
             size = 1 << int(numbers[kernel.OPENED] + more).bit_length()
             self._opens, self._open_table, self._recent = _larger(self._opens, self._open_table, self._recent, size)
@@ -294,9 +287,28 @@ class LabelJoin:
             return number
         return self._objects.pop(number) if last else self._objects[number]
 
-    def _given_back(self, closed: NDArray[Any]) -> Sequence[Closed]:
-        if not len(closed):
-            return _NONE
+    def hand_over(self, hold: Callable[[Sequence[Any]], Sequence[int] | NDArray[np.int64]]) -> None:
+        """Let `hold` take the payloads that are no numbers, all in one call; what it returns, a number from 0 on for
+        each, stands for them from now on. Where there are none, it is not called.
+
+        So what `push` has left open goes on with `step`.
+
+        >>> join = LabelJoin(windows={"click": 60.0})
+        >>> join.push([Impression(id="i1", time=0.0, user="u1", item="p9")])
+        []
+        >>> join.hand_over(lambda shown: [7 for one in shown])
+        >>> join.drain()
+        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True)]
+        """
+        if not self._objects:
+            return
+        payloads = dict(zip(self._objects, np.asarray(hold([*self._objects.values()])).tolist(), strict=True))
+        column = self._opens["payload"]
+        for row in np.flatnonzero(column < 0).tolist():  # rows that are free may hold old ones: nobody reads them
+            column[row] = payloads.get(int(column[row]), 0)
+        self._objects.clear()
+
+    def _given_back(self, closed: NDArray[Any]) -> list[Closed]:
         kinds = (*self.kinds, "")  # the last is that of -1
         return [
             _closed(Closed, (self._payload(number, last), kinds[kind], label, time, last))
@@ -326,7 +338,7 @@ class LabelJoin:
         payloads = held["payload"].copy()
         return {
             "windows": dict(self.windows),
-            "watermark": float(self._watermark[0]),
+            "watermark": float(self._times[0]),
             "counts": dict(self.counts),
             "keys": np.stack([held["high"], held["low"]], axis=1),  # uint64 (open, 2)
             "times": held["time"].copy(),  # (open,)
@@ -356,7 +368,7 @@ class LabelJoin:
         held, early, payloads = np.asarray(state["times"]), state["early"], _unpack(state["payloads"])
         count, waiting = len(held), len(early["times"])
         self._clear(max(_SMALLEST, 2 * count), max(_SMALLEST, 2 * waiting))
-        self._watermark[0] = state["watermark"]
+        self._times[0] = state["watermark"]
         numbers = self._numbers
         numbers[: len(kernel.REASONS)] = [state["counts"].get(reason, 0) for reason in kernel.REASONS]
         opens = self._opens
@@ -381,6 +393,13 @@ class LabelJoin:
         keys, times, kinds = np.asarray(early["keys"]), np.asarray(early["times"]), np.asarray(early["kinds"])
         numbers[kernel.ARRIVALS] = count
         kernel.keep_all(keys, times, kinds, numbers, self._earlies, self._early_table, self._expiring)
+
+
+def _id_of(event: Impression | Feedback | None) -> str:
+    """The id of an event's impression."""
+    if event is None:
+        return ""
+    return event.impression_id if isinstance(event, Feedback) else event.id
 
 
 def event_codes(events: Sequence[Event], codes: Mapping[str, int]) -> NDArray[np.int64]:

@@ -31,7 +31,7 @@ def warm(model: Model, encoder: Encoder, sides: Callable[[frozenset[str]], Sides
         return
     for one in shown:
         some = sides(frozenset())
-        some.shared.one(one.user, one.features)
+        some.shared.one(one)
         parts = model.parts(some.own([one]).batch)
     items = np.repeat(parts, 32, axis=0)
     places = np.arange(len(items), dtype=np.int64)

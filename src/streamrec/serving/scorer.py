@@ -6,8 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,30 +14,14 @@ from numpy.typing import NDArray
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import Impression
 from streamrec.models import FM, ranking
-from streamrec.preprocessors import Encoder
 from streamrec.preprocessors.encode import Problem
 from streamrec.protocols import Model
-from streamrec.schema import Schema
 from streamrec.serving._catalogue import BLOCK, Catalogue, with_parts
-from streamrec.serving._sides import Sides
-from streamrec.serving._warm import warm
+from streamrec.serving._loader import Loader, Serving
 from streamrec.serving.candidates import Candidate, Ranked, Shortlist, candidate_of, item_of, paired
 from streamrec.storage import Store, Version
 
 __all__ = ["Scorer"]
-
-MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {"FM": FM.from_config}
-"""What a scorer can build from a version alone."""
-
-
-class _Serving(NamedTuple):
-    """One version, loaded, and the catalogue by it: replaced as a whole, so that no request sees two."""
-
-    version: Version
-    model: Model
-    encoder: Encoder
-    sides: Callable[[frozenset[str]], Sides]
-    catalogue: Catalogue | None = None
 
 
 class Scorer:
@@ -67,43 +50,16 @@ class Scorer:
 
     def __init__(self, store: Store | str | os.PathLike[str], *, model: Callable[[], Model] | None = None) -> None:
         self.store = Store(store) if isinstance(store, (str, os.PathLike)) else store
-        self._make = model
+        self._loader = Loader(self.store.versions, model)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()  # one at a time, so that a slow one brings no older version back
-        serving = self._load()
+        serving = self._loader.whole()
         if serving is None:
             raise StoreError(
                 f"nothing is published in {self.store.uri}: run a trainer on it first, or call its publish()"
             )
         self._serving = serving
-
-    def _load(self) -> _Serving | None:
-        found = self.store.versions.read()
-        if found is None:
-            return None
-        version, state = found
-        described = version.info["model"]
-        if self._make is not None:
-            model = self._make()
-            model.schema.require(Schema.from_dict(described["schema"]), what=f"version {version.number}")
-        elif described["type"] in MODELS:
-            model = MODELS[described["type"]](described["config"])
-        else:
-            raise ConfigError(
-                f"version {version.number} is of a {described['type']}, which a scorer cannot build by itself; "
-                f"pass Scorer(..., model=a function that makes an empty one)"
-            )
-        model.load_state_dict(state["model"])
-        schema = model.schema
-
-        @lru_cache(maxsize=64)  # a set of fields each that candidates bring; more than a few are never in use
-        def sides(names: frozenset[str]) -> Sides:
-            return Sides(schema, names)
-
-        serving = _Serving(version, model, Encoder(schema), sides)
-        warm(model, serving.encoder, sides)
-        return serving
 
     @property
     def version(self) -> Version:
@@ -124,14 +80,16 @@ class Scorer:
     def refresh(self) -> bool:
         """Serve the newest version from now on; true where that is another one than before.
 
-        The catalogue's parts are computed for it first and swapped in with it, meanwhile requests see the old version.
+        Meanwhile requests see the old version; the catalogue's parts are computed for the new one first and swapped in
+        with it. Where the store has it as changes of the one that is served, only they are read, and they go into a
+        second model, which is kept for that: a scorer that follows a trainer holds its model twice.
         """
         with self._refreshing:
             newest = self.store.versions.latest()
             before = self._serving
             if newest is None or newest.number == before.version.number:
                 return False
-            serving = self._load()
+            serving = self._loader.after(before)
             if serving is None or serving.version.number == before.version.number:
                 return False
             if before.catalogue is not None:
@@ -147,7 +105,7 @@ class Scorer:
         """float32 `(n,)`: click probabilities. Unseen and missing values are fine."""
         return self._score(self._serving, impressions)
 
-    def _score(self, serving: _Serving, impressions: Sequence[Impression]) -> NDArray[np.float32]:
+    def _score(self, serving: Serving, impressions: Sequence[Impression]) -> NDArray[np.float32]:
         batch, problems = serving.encoder(impressions)
         if problems:
             self._count(problems)
@@ -222,16 +180,18 @@ class Scorer:
             if places is not None:
                 part = self._shared(serving, catalogue.names, user, shared, len(candidates))
                 order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
-                names: Sequence[str] = candidates  # type: ignore[assignment]  # found: they are
+                names: Any = candidates.items if isinstance(candidates, Shortlist) else candidates
                 return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
         order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared), k)
         return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
 
     def _shared(
-        self, serving: _Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int
+        self, serving: Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int
     ) -> NDArray[np.float32]:
         """float32 `(dim + 1,)`: the part of the fields that are not the items' own."""
-        batch, problems = serving.sides(names).shared.one(user, shared)
+        batch, problems = serving.sides(names).shared.one(
+            Impression(id="", time=0.0, user=user, item="", features=shared)
+        )
         if problems:
             self._count(problems, times)
         part: NDArray[np.float32] = serving.model.parts(batch)[0]  # type: ignore[attr-defined]
@@ -239,7 +199,7 @@ class Scorer:
 
     def _logits(
         self,
-        serving: _Serving,
+        serving: Serving,
         model: FM,
         user: str,
         candidates: Sequence[str | Candidate],
@@ -315,7 +275,7 @@ class Scorer:
         return paired(map(catalogue.items.__getitem__, places.tolist()), ranking.probabilities(logits))
 
     def _score_catalogue(
-        self, serving: _Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any]
+        self, serving: Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any]
     ) -> NDArray[np.float32]:
         scores = [np.empty(0, dtype=np.float32)]
         for begin in range(0, len(catalogue.items), BLOCK):

@@ -12,12 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from streamrec.batch import Batch
 from streamrec.protocols import LEARN, SCORE, Model, OrderedModel
+from streamrec.storage import resolve
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 
 __all__ = ["check_model"]
 
 _MAX_CUTS = 20
 _REPEATS = 20
+_FOLLOWED = ("changes", "mark", "live", "load_changes")
 _COLUMNS = ("ids", "values", "fields", "starts", "ends", "text_refs", "times")
 
 
@@ -37,7 +39,10 @@ def check_model(make: Callable[[], Model], batch: Batch, labels: ArrayLike) -> N
 
     Where it has them: `step` equals one call of `predict` or `learn` per operation, bit for bit, in any order;
     `published()` gives the same probabilities in a new model, which goes on learning from there;
-    `from_config(config())` makes the same model. Raises `AssertionError` saying what differs.
+    `from_config(config())` makes the same model; what was cut at a `mark`, and what `live()` gave then and was copied
+    after more was learned, is with the `changes()` of later what `state_dict()` or `published()` gives later, in a
+    store and by `load_changes` in place, whichever of the two marks moved meanwhile. Raises `AssertionError` saying
+    what differs.
 
     >>> from streamrec import Id, Impression, Schema
     >>> from streamrec.models import FM
@@ -78,6 +83,8 @@ def check_model(make: Callable[[], Model], batch: Batch, labels: ArrayLike) -> N
         _check_step(make, batch, wanted, rng)
     if hasattr(whole, "published"):
         _check_published(make, batch, wanted)
+    if any(hasattr(whole, name) for name in _FOLLOWED):
+        _check_changes(make, batch, wanted, rng)
     if hasattr(whole, "config"):
         _check_config(whole, batch, wanted, (ends, learned))
     unchanged()
@@ -285,6 +292,53 @@ def _check_published(make: Callable[[], Model], batch: Batch, labels: NDArray[np
             f"{what} and learned one row more: its probabilities moved by {away:.4g} on average, when {back:.4g} is "
             "all that was ever learned; go on from the published weights, do not begin anew"
         )
+
+
+def _check_changes(make: Callable[[], Model], batch: Batch, labels: NDArray[np.float32], rng: random.Random) -> None:
+    missing = [name for name in _FOLLOWED if not hasattr(_new(make), name)]
+    if missing:
+        raise AssertionError(f"a model that is saved by changes needs {', '.join(_FOLLOWED)}; this has no {missing}")
+    count = len(batch)
+    for published in (False, True):
+        name = "published()" if published else "state_dict()"
+        model: Any = _new(make)
+
+        def state(model: Any = model, published: bool = published) -> Any:
+            return copy_state(getattr(model, "published", model.state_dict)() if published else model.state_dict())
+
+        cuts = sorted(rng.sample(range(1, count), min(5, count - 1)))
+        model.learn(batch.take(slice(0, cuts[0])), labels[: cuts[0]].copy())
+        model.mark(published)
+        live = model.live(published)
+        before, held = state(), _new(make)
+        held.load_state_dict(copy_state(before))
+        kept: list[tuple[Any, Any]] = []
+        for start, end in zip(cuts, [*cuts[1:], count], strict=True):
+            what = f"{name}, changes between {start} and {end} of {count} rows"
+            rows = slice(start, end)
+            model.learn(batch.take(rows), labels[rows].copy())
+            begun = None if live is None else copy_state(live)  # as a thread copies it, while more is learned
+            model.learn(batch.take(rows), labels[rows].copy())
+            model.mark(not published)  # of no matter to this one
+            now, changes = state(), model.changes(published)
+            model.mark(published)
+            check_state_is_plain(changes)
+            stored = copy_state(changes)
+            kept.append((changes, stored))
+            _same(now, resolve([copy_state(before), copy_state(stored)]), f"{what}, in a store: the state")
+            if begun is not None:
+                _same(now, resolve([begun, copy_state(stored)]), f"{what}, over a copy of live() made meanwhile")
+            scores = _predict(model, batch, what)
+            loaded: Any = held
+            loaded.load_changes(copy_state(stored))
+            whole = _new(make)
+            whole.load_state_dict(copy_state(now))
+            _same_model((_state(whole), scores), held, batch, f"{what}, loaded in place")
+            live, before = None, now
+        for changes, stored in kept:
+            _same(stored, changes, f"{name}, changes that were cut changed later; copy what is cut")
+        nothing = model.changes(published)
+        _same(before, resolve([copy_state(before), copy_state(nothing)]), f"{name}, changes where nothing was learned")
 
 
 def _check_config(model: Any, batch: Batch, labels: NDArray[np.float32], expected: Any) -> None:

@@ -49,7 +49,7 @@ class OnlineTrainer:
     An `Impression` is encoded, scored and held until `join` knows its label; then the score that was served is judged
     (the impression's own `score` where it came with one, else ours) and the row, as it was encoded then, is learned.
     `Labeled` items are scored, judged and learned at once. How the stream is cut into pushes changes no bit of
-    anything.
+    anything. After an archive, it goes on with the model, the preprocessors and the join that a `BatchTrainer` used.
 
     `model`: learns the kind of feedback `target`; labels of other kinds are only judged. `preprocessors`: run in order
     before it; events that cannot be used at all never reach them, but go to `dead_letters`. `join`: without one,
@@ -128,6 +128,20 @@ class OnlineTrainer:
         self._saver = Saver(model)
         self._saved_events = 0
         self._saved_time = clock()
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Hold what the join holds already, as a `BatchTrainer` leaves it, encoded; scored by the model as it is."""
+        if self.join is not None:
+            self.join.hand_over(self._hold)
+
+    def _hold(self, shown: Sequence[Impression]) -> NDArray[np.int64]:
+        batch, _ = self._encoder(shown)  # what cannot be used in them was reported when they came
+        slots = self._rows.add(batch, batch.times)
+        if self.negatives < 1:
+            self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
+        self._rows.served[slots] = _served(self.model.predict(batch), shown)
+        return slots
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -429,10 +443,39 @@ class OnlineTrainer:
             return None
         version, state = found
         _require_same(self.model, version.info["model"], what=f"checkpoint {version.number}")
+        if version.info.get("trainer") == "BatchTrainer":
+            self._follow(state, what=f"{self.store.uri}: checkpoint {version.number}")  # type: ignore[union-attr]
+            return None
         self.load_state_dict(state)
         self._saver.resumed(version)
         position: Position | None = state["position"]
         return position
+
+    def _follow(self, state: State, what: str) -> None:
+        """Go on where a `BatchTrainer` has ended, before the first event of the stream."""
+        if not state["done"]:
+            raise ConfigError(
+                f"{what} is of a batch training that has not ended: run that BatchTrainer again, or use another store"
+            )
+        self._saver.forget()
+        self.model.load_state_dict(state["model"])
+        left = state["rows"]
+        if "join" in left:  # it was trained on events
+            self._require_parts([saved["type"] for saved in left["preprocessors"]], left["join"] is not None)
+            for stage, saved in zip(self.preprocessors, left["preprocessors"], strict=True):
+                stage.load_state_dict(saved["state"])
+            self._validate.load_state_dict(left["validate"])
+            if self.join is not None:
+                self.join.load_state_dict(left["join"])
+                self._take_over()
+
+    def _require_parts(self, stages: Sequence[str], join: bool) -> None:
+        """Raise `ConfigError` unless this trainer has these preprocessors, and a join or none."""
+        if [*stages] != [type(stage).__name__ for stage in self.preprocessors] or join != (self.join is not None):
+            raise ConfigError(
+                f"the checkpoint was cut with the preprocessors [{', '.join(stages)}] and "
+                f"{'a' if join else 'no'} join; build the trainer as then, or use an empty store"
+            )
 
     def state_dict(self) -> State:
         """Everything, cut now: model, open joins and their rows, preprocessors, metrics, counts, dead letters."""
@@ -459,14 +502,7 @@ class OnlineTrainer:
         """Become what `state` was cut from. Raises `ConfigError` where the parts differ from those saved."""
         if state["format"] != FORMAT:
             raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
-        saved_stages = [saved["type"] for saved in state["preprocessors"]]
-        if saved_stages != [type(stage).__name__ for stage in self.preprocessors] or (
-            (state["join"] is None) != (self.join is None)
-        ):
-            raise ConfigError(
-                f"the checkpoint was cut with the preprocessors [{', '.join(saved_stages)}] and "
-                f"{'no' if state['join'] is None else 'a'} join; build the trainer as then, or use an empty store"
-            )
+        self._require_parts([saved["type"] for saved in state["preprocessors"]], state["join"] is not None)
         self._written()
         self._saver.forget()
         self.model.load_state_dict(state["model"])

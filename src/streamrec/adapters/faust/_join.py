@@ -118,7 +118,7 @@ class _Joiner(Owner):
                 items = source.read(self.reading.batch)
                 if items:
                     waiting += self.told(items)
-                    waiting += self._sent(chain, items)
+                    waiting += self._sent(chain, number, items)
                     at = source.position()
                     self.count("streamrec_joined", len(items))
                     while len(waiting) > MOST_SENT:
@@ -128,16 +128,19 @@ class _Joiner(Owner):
             if at != saved:
                 self._cut(shelf, version, chain, saved, at, waiting)
 
-    def _sent(self, chain: Sequence[Any], items: Sequence[Any]) -> list[Future[Any]]:
+    def _sent(self, chain: Sequence[Any], number: int, items: Sequence[Any]) -> list[Future[Any]]:
         """Push through the stages, and send what comes out."""
-        kept: Sequence[Any] = chain[0].push(items)
-        kept = [one for one in kept if not isinstance(one, DeadLetter)]
+        checked: Sequence[Any] = chain[0].push([one for one in items if not isinstance(one, DeadLetter)])
+        refused = [one for one in checked if isinstance(one, DeadLetter)]
+        where = {"topic": self.reading.topic, "partition": number}
+        letters = self.told([DeadLetter(where, one.reason, one.raw) for one in refused])
+        kept: Sequence[Any] = [one for one in checked if not isinstance(one, DeadLetter)]
         for stage in chain[1:]:
             kept = stage.push(kept)
         if not kept:
-            return []
+            return letters
         self.count("streamrec_examples", len(kept))
-        return [self.ask(send_all(self.app, self._examples, [_message(one) for one in kept]))]
+        return [*letters, self.ask(send_all(self.app, self._examples, [_message(one) for one in kept]))]
 
     def _cut(
         self,
@@ -157,7 +160,7 @@ class _Joiner(Owner):
         if (0 if newest is None else newest.number) != version:
             raise NotOwner
         state: State = {"position": at, "stages": [stage.state_dict() for stage in chain]}
-        number = shelf.write(state, {}).number
+        number: int = shelf.write(state, {}).number
         self.commit(at)
         return number
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 ANSWER = 20.0  # seconds the broker may take for what a checkpoint waits for
 MOST_SENT = 256  # messages, or batches of examples, on their way to the broker
+_AGAIN = 1.0  # seconds
 _GROUP_ONLY = ("session_timeout_ms", "heartbeat_interval_ms")  # nothing for a consumer without a group
 
 
@@ -134,14 +135,19 @@ class Owner(Service):
     # -- on a thread ---------------------------------------------------------------------------------------------------
 
     def _do(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except NotOwner:
-            self.given_up()
-            log.warning("another worker owns this part of %r by now; standing by", self.reading.topic)
-        except Exception as error:
-            self.given_up()
-            self.call(self._fail, error)
+        while not self.enough.is_set():
+            try:
+                job()
+            except NotOwner:
+                # A rebalance ends this thread where it is another's. Where it is not, since what was written was by a
+                # worker that the group has put out meanwhile, this one begins again at what that one has saved.
+                self.given_up()
+                log.warning("another worker has worked on this part of %r; standing by", self.reading.topic)
+                self.enough.wait(_AGAIN)
+            except Exception as error:
+                self.given_up()
+                self.call(self._fail, error)
+                return
 
     def source(self, partitions: Sequence[int] | None = None) -> Kafka:
         """A source of these partitions, all if None, that looks up every so many seconds."""

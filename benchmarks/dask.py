@@ -1,0 +1,155 @@
+"""Two Dask workers of one thread each beside one process of one thread: the same data, the same rows, start-up apart.
+
+    python -m benchmarks.dask [events]
+
+Needs two free cores. Every worker compiles what it runs before it is measured, as the one process does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import streamrec as sr
+from benchmarks._measure import clock, one_thread
+from streamrec.events import encode_event
+from streamrec.storage.encoded import Part, commit_rows, write_part
+
+__all__ = ["main"]
+
+SCHEMA = sr.Schema(
+    *(sr.Id(name) for name in ("user", "item", "country", "device", "page")),
+    sr.Ids("genres"),
+    sr.Number("price", log=True),
+)
+START = 1_700_000_000.0
+
+
+def parts() -> dict[str, Any]:
+    """What stands between the events and the rows."""
+    return {
+        "preprocessors": [sr.Dedup(ttl=600.0, capacity=1_000_000)],
+        "join": sr.LabelJoin(windows={"click": 1800.0}, lateness=60.0),
+    }
+
+
+def write_archive(folder: Path, shown: int, seed: int = 0) -> int:
+    """`shown` impressions over ten days, a tenth of them clicked, in ten files; returns how many events."""
+    rng = np.random.default_rng(seed)
+    step = 10 * 86_400.0 / shown
+    users = (20_000 * rng.random(shown) ** 2).astype(int)
+    items = (5_000 * rng.random(shown) ** 2).astype(int)
+    clicked = rng.random(shown) < 0.02 + 0.16 * ((users + items) % 2)
+    waits = rng.uniform(1.0, 900.0, shown)
+    lines: list[tuple[float, bytes]] = []
+    for n in range(shown):
+        user, item = int(users[n]), int(items[n])
+        features = {
+            "country": f"c{user % 30}",
+            "device": f"d{user % 4}",
+            "page": f"page{item % 12}",
+            "genres": [f"g{item % 7}", f"g{item % 11}"],
+            "price": float(item % 90),
+        }
+        time = START + step * n
+        lines.append((time, encode_event(sr.Impression(f"i{n}", time, f"u{user}", f"p{item}", features))))
+        if clicked[n]:
+            lines.append((time + waits[n], encode_event(sr.Feedback(f"c{n}", f"i{n}", float(time + waits[n])))))
+    lines.sort(key=lambda one: one[0])
+    for number in range(10):
+        some = lines[len(lines) * number // 10 : len(lines) * (number + 1) // 10]
+        (folder / f"{number}.jsonl").write_bytes(b"".join(line + b"\n" for _, line in some))
+    return len(lines)
+
+
+def prepared_alone(archive: str, out: str) -> sr.EncodedRows:
+    """What `prepare` does, in one process and one pass."""
+    rows = sr.JoinedEvents(sr.JsonLines(archive), schema=SCHEMA, **parts())
+    held, files, many = [], list[Part](), 0
+    while (part := rows.read(4096)) is not None:
+        held.append(part)
+        many += len(part.labels)
+        if many >= 500_000:
+            files.append(write_part(out, f"part-{len(files):05d}", held))
+            held, many = [], 0
+    files.append(write_part(out, f"part-{len(files):05d}", held))
+    commit_rows(out, SCHEMA, files, rows.counts)
+    return sr.EncodedRows(out)
+
+
+def scored_alone(model: sr.FM, users: list[str], out: str, catalogue: list[str]) -> None:
+    """What `score` does, in one process: the same code over the same groups of users."""
+    from streamrec.adapters.dask._models import Reference
+    from streamrec.adapters.dask._score import User, _best
+
+    where = Reference(secrets.token_hex(4), "", 0)  # another each time, so that the catalogue is made again, as there
+    for number, at in enumerate(range(0, len(users), 1000)):
+        some = [User(one) for one in users[at : at + 1000]]
+        _best(where, model, catalogue, some, 100, out, number)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+def main(shown: int = 500_000, repetitions: int = 3) -> None:
+    """Print the medians and their ratios."""
+    from distributed import Client, LocalCluster
+
+    from streamrec.adapters import dask
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the workers; here nothing runs on torch
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = write_archive(folder, shown)
+        archive, small = str(folder / "*.jsonl"), str(folder / "0.jsonl")
+        begun = clock()
+        with (
+            one_thread(),
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+            Client(cluster) as client,
+        ):
+            started = clock() - begun
+            model = sr.FM(SCHEMA, dim=16)
+            sr.BatchTrainer(model=model).run(prepared_alone(small, f"{name}/small"))
+            users, items = [f"u{n}" for n in range(20_000)], [f"p{n}" for n in range(50_000)]
+
+            works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+                "prepare": (
+                    lambda: prepared_alone(archive, f"{name}/alone"),
+                    lambda: dask.prepare(
+                        client, archive, f"{name}/two", schema=SCHEMA, piece=2 << 20, parts=2, **parts()
+                    ),
+                ),
+                "score": (
+                    lambda: scored_alone(model, users, f"{name}/alone", items),
+                    lambda: dask.score(client, model, users, f"{name}/two", catalogue=items),
+                ),
+            }
+            print(
+                f"\n{count:,} events; {len(users):,} users, {len(items):,} items; cluster started in {started:.1f} s\n"
+            )
+            for what, (alone, two) in works.items():
+                alone(), two()  # compiles
+                seconds: list[tuple[float, float]] = []
+                for _ in range(repetitions):
+                    seconds.append((timed(alone), timed(two)))
+                one, both = (statistics.median(column) for column in zip(*seconds, strict=True))
+                print(f"  {what:<8} one process {one:6.2f} s, two workers {both:6.2f} s, ratio {one / both:.2f}")
+            same = sr.EncodedRows(f"{name}/alone"), sr.EncodedRows(f"{name}/two")
+            print(f"  rows     {len(same[0]):,} and {len(same[1]):,}\n")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

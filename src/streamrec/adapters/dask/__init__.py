@@ -1,0 +1,21 @@
+"""Dask: prepare an archive, judge a model and score a catalogue on a cluster of your own.
+
+Every function takes your `distributed.Client`, starts no cluster and stops none. Needs Dask: `pip install
+"streamrec[dask]"`.
+"""
+
+from __future__ import annotations
+
+try:
+    import distributed as _distributed  # noqa: F401
+except ImportError as _error:
+    from streamrec.errors import ConfigError as _ConfigError
+
+    raise _ConfigError('this needs Dask: pip install "streamrec[dask]"') from _error
+
+from streamrec.adapters.dask._cluster import ClusterError
+from streamrec.adapters.dask._evaluate import evaluate
+from streamrec.adapters.dask._prepare import prepare
+from streamrec.adapters.dask._score import User, score
+
+__all__ = ["ClusterError", "User", "evaluate", "prepare", "score"]

@@ -1,0 +1,170 @@
+"""Running tasks on the user's cluster: nothing waits for ever, and what goes wrong says what to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+from distributed import Client, Future, wait
+from distributed.comm.core import CommClosedError
+from distributed.scheduler import KilledWorker
+
+from streamrec.errors import ConfigError, StreamrecError
+
+__all__ = ["ClusterError", "Task", "given", "once_a_worker", "require_client", "results"]
+
+T = TypeVar("T")
+
+
+class ClusterError(StreamrecError):
+    """The cluster did not do what it was asked for: its scheduler is lost, its workers die, or nothing moves on."""
+
+
+class Task(NamedTuple):
+    """A call to be made on a worker. `key`: what the dashboard shows, before the dash.
+
+    Where it runs twice, because a worker was lost, the second call does no harm: it writes files of its own names,
+    which count only when the client says so.
+    """
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    workers: Sequence[str] | None = None
+
+
+def require_client(client: Any) -> Client:
+    """The client, if it is one that can be waited for."""
+    if not isinstance(client, Client):
+        raise ConfigError(f"client must be the distributed.Client of your cluster, got {client!r}")
+    if client.asynchronous:
+        raise ConfigError("client is asynchronous: make one by Client(address), and call this from a thread")
+    return client
+
+
+def submit(client: Client, task: Task) -> Future[Any]:
+    """Ask for one task."""
+    with _told(client):
+        future: Future[Any] = client.submit(
+            task.function,
+            *task.arguments,
+            key=f"{task.key}-{time.time_ns():x}-{id(task):x}",
+            pure=False,
+            workers=task.workers,
+            allow_other_workers=task.workers is not None,
+        )
+        return future
+
+
+def given(client: Client, value: Any) -> Future[Any]:
+    """A value that tasks share: a worker gets it once, and it can be had again where the worker that held it is lost.
+
+    What was scattered could not: nobody can make it again.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
+        return submit(client, Task("given", _same, (value,)))
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def results(client: Client, tasks: Sequence[Task], *, timeout: float, ahead: int = 0) -> Iterator[tuple[int, Any]]:
+    """The place and the result of each task, as they end. `timeout`: seconds in which at least one must end.
+
+    `ahead`: how many are asked for at a time; 0: all. Raises what a task raised, and `ClusterError` where the cluster
+    fails; then nothing is left running.
+    """
+    waiting = list(enumerate(tasks))[::-1]
+    places: dict[Future[Any], int] = {}
+    try:
+        while waiting or places:
+            while waiting and (not ahead or len(places) < ahead):
+                place, task = waiting.pop()
+                places[submit(client, task)] = place
+            for future in ended(client, list(places), timeout=timeout):
+                yield places.pop(future), result(client, future, timeout=timeout)
+    finally:
+        with suppress(Exception):  # the first error is the one to raise
+            client.cancel(list(places), force=True)  # type: ignore[no-untyped-call]
+
+
+def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> list[Future[Any]]:
+    """Those that have ended, one at least. Raises `ClusterError`."""
+    deadline = time.monotonic() + timeout
+    while True:
+        with _told(client):
+            try:
+                done = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED").done  # type: ignore[no-untyped-call]
+            except TimeoutError:
+                done = ()
+        if done:
+            return [future for future in futures if future in done]
+        if client.status != "running":
+            raise _lost(client)
+        if time.monotonic() > deadline:
+            with _told(client):
+                workers = len(client.scheduler_info()["workers"])
+            raise ClusterError(
+                f"no task has ended in {timeout:.0f} s, with {workers} workers; see what they do in the dashboard, add "
+                "workers, or raise timeout"
+            )
+
+
+def result(client: Client, future: Future[Any], *, timeout: float) -> Any:
+    """What a task that has ended returned; raises what it raised, or `ClusterError`."""
+    with _told(client):
+        try:
+            return future.result(timeout=timeout)
+        except KilledWorker as error:
+            raise ClusterError(
+                f"workers died again and again over one task ({error}); their logs say why: memory, most often. Give "
+                "them more, or make the parts smaller"
+            ) from error
+
+
+class _told:
+    """What distributed raises when the scheduler is lost becomes a `ClusterError`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StreamrecError):
+            return
+        if isinstance(error, (CancelledError, CommClosedError, TimeoutError)):
+            raise _lost(self._client) from error
+        if isinstance(error, RuntimeError) and self._client.status != "running":
+            raise _lost(self._client) from error
+
+
+def _lost(client: Client) -> ClusterError:
+    return ClusterError(
+        f"the scheduler is lost, or has given up what it was asked for (client {client.status}); start it, make a new "
+        "Client and call again: what is in the store or in whole files is not lost"
+    )
+
+
+_kept: dict[str, Any] = {}
+_lock = threading.Lock()
+_KEPT = 2
+
+
+def once_a_worker(key: str, make: Callable[[], T]) -> T:
+    """What `make` makes, the first time a task of this worker asks for `key`; at most two such things are kept."""
+    with _lock:  # a second thread waits for the first rather than load it again
+        if key not in _kept:
+            while len(_kept) >= _KEPT:
+                _kept.pop(next(iter(_kept)))
+            _kept[key] = make()
+        found: T = _kept[key]
+        return found

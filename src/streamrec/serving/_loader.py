@@ -1,0 +1,109 @@
+"""What a scorer serves, and how the next version of it is loaded: as changes where it can be."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from streamrec.errors import ConfigError
+from streamrec.models import FM
+from streamrec.preprocessors import Encoder
+from streamrec.protocols import Model, State
+from streamrec.schema import Schema
+from streamrec.serving._catalogue import Catalogue
+from streamrec.serving._sides import Sides
+from streamrec.serving._warm import warm
+from streamrec.storage import Shelf, Version
+
+__all__ = ["Loader", "Serving"]
+
+MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {"FM": FM.from_config}
+"""What a scorer can build from a version alone."""
+
+
+class Readers:
+    """Alive for as long as a request may read a model: each holds the `Serving` that this is part of."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Serving(NamedTuple):
+    """One version, loaded, and the catalogue by it: replaced as a whole, so that no request sees two."""
+
+    version: Version
+    model: Model
+    encoder: Encoder
+    sides: Callable[[frozenset[str]], Sides]
+    readers: Readers
+    catalogue: Catalogue | None = None
+
+
+class _Spare(NamedTuple):
+    """The model that was served before, one step behind."""
+
+    model: Any
+    readers: weakref.ref[Readers]
+    missed: Sequence[State]
+
+
+class Loader:
+    """Loads versions for one scorer.
+
+    There are two models: one is served, the other is brought up to date by the changes since, and then they change
+    places. A model that a request still reads is left alone, and the version is read whole into a new one, as it is
+    where changes are missing.
+    """
+
+    def __init__(self, shelf: Shelf, make: Callable[[], Model] | None) -> None:
+        self._shelf = shelf
+        self._make = make
+        self._spare: _Spare | None = None
+
+    def whole(self) -> Serving | None:
+        """The newest version, in a model of its own; None where there is none."""
+        found = self._shelf.read()
+        if found is None:
+            return None
+        version, state = found
+        described = version.info["model"]
+        if self._make is not None:
+            model = self._make()
+            model.schema.require(Schema.from_dict(described["schema"]), what=f"version {version.number}")
+        elif described["type"] in MODELS:
+            model = MODELS[described["type"]](described["config"])
+        else:
+            raise ConfigError(
+                f"version {version.number} is of a {described['type']}, which a scorer cannot build by itself; "
+                f"pass Scorer(..., model=a function that makes an empty one)"
+            )
+        model.load_state_dict(state["model"])
+        schema = model.schema
+
+        @lru_cache(maxsize=64)  # a set of fields each that candidates bring; more than a few are never in use
+        def sides(names: frozenset[str]) -> Sides:
+            return Sides(schema, names)
+
+        serving = Serving(version, model, Encoder(schema), sides, Readers())
+        warm(model, serving.encoder, sides)
+        return serving
+
+    def after(self, before: Serving) -> Serving | None:
+        """The newest version, without a catalogue; `before` is what is served now."""
+        spare, self._spare = self._spare, None
+        found = self._shelf.changes_since(before.version.number) if hasattr(before.model, "load_changes") else None
+        if found is None:
+            return self.whole()
+        version, states = found
+        changes = [state["model"] for state in states]
+        serving: Serving | None
+        if spare is not None and spare.readers() is None:
+            for missed in (*spare.missed, *changes):
+                spare.model.load_changes(missed)
+            serving = before._replace(version=version, model=spare.model, readers=Readers(), catalogue=None)
+        else:
+            serving = self.whole()
+        if serving is not None and serving.version.number == version.number:
+            self._spare = _Spare(before.model, weakref.ref(before.readers), changes)
+        return serving
