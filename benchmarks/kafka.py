@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from typing import Any
 
 import streamrec as sr
@@ -74,7 +75,7 @@ async def faust(
     from streamrec.adapters.faust import train
 
     app = library.App(
-        "bench-" + topic, broker=f"kafka://{address}", store="memory://", datadir=folder, web_enabled=False,
+        f"bench-{uuid.uuid4().hex}", broker=f"kafka://{address}", store="memory://", datadir=folder, web_enabled=False,
         broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
     )  # fmt: skip
     seen = [0]
