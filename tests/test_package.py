@@ -112,9 +112,10 @@ def state():
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "signals": [str(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
         "handlers": {
-            name: [str(handler) for handler in logging.getLogger(name).handlers]
+            name: found
             for name in (None, *(name for name in logging.root.manager.loggerDict if name.startswith("streamrec")))
-            if logging.getLogger(name).handlers
+            # a NullHandler writes nothing: mode gives one to the logger of each module with a Service
+            if (found := [str(one) for one in logging.getLogger(name).handlers if type(one) is not logging.NullHandler])
         },
         "random": [str(random.getstate()), str(numpy.random.get_state()), torch.get_rng_state().tolist()],
         "environment": dict(os.environ),

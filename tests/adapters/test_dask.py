@@ -329,7 +329,7 @@ def test_a_task_that_never_ends_is_a_clear_error(client: Any, tmp_path: Path) ->
         raise ValueError
 
     try:
-        with pytest.raises(dask.ClusterError, match="no task has ended in 1 s, with 2 workers"):
+        with pytest.raises(dask.ClusterError, match=r"no task has ended in 1 s, with \d workers"):
             dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema, decode=decode, timeout=1.0)
     finally:
         flag.touch()

@@ -49,10 +49,11 @@ def worker(tansu: str, tmp_path: Path) -> Iterator[Worker]:
         number = len(started)
         given = {"APP_ID": f"app-{tmp_path.name}", "BROKER": tansu, "STORE": str(tmp_path / "store")}
         given |= {"DATADIR": str(tmp_path / f"data{number}"), **{name: str(one) for name, one in settings.items()}}
+        web = [] if "WEB_PORT" in settings else ["--without-web"]  # the app's setting does not stop the command's
         with (tmp_path / f"worker{number}.log").open("wb") as log:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(WORKER), "worker", "-l", "info"],
+                    [sys.executable, str(WORKER), "worker", "-l", "info", *web],
                     env={**os.environ, "PYTHONWARNINGS": "default", **given},
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -4,10 +4,13 @@ Each function takes your `faust.App` and registers something with it; nothing st
 importing this starts nothing. Needs `pip install "streamrec[faust]"`.
 """
 
-try:
-    import faust as _faust  # noqa: F401
-except ImportError as error:
-    raise ImportError(f'streamrec.adapters.faust needs Faust: pip install "streamrec[faust]" ({error})') from error
+import sys
+from importlib.util import find_spec
+
+if (
+    "faust" not in sys.modules and find_spec("faust") is None
+):  # it is not imported here: it reads the command line when it is
+    raise ImportError('streamrec.adapters.faust needs Faust: pip install "streamrec[faust]"')
 
 from streamrec.adapters.faust._join import join
 from streamrec.adapters.faust._profiles import profiles

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from streamrec.adapters.faust._owner import ANSWER, MOST_SENT, NotOwner, Owner, Reading
+from streamrec.adapters.faust._owner import MOST_SENT, NotOwner, Owner, Reading
 from streamrec.adapters.faust._topics import send_all, topic_name
 from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Event, Labeled, Position, decode_event, encode_event
@@ -122,7 +122,7 @@ class _Joiner(Owner):
                     at = source.position()
                     self.count("streamrec_joined", len(items))
                     while len(waiting) > MOST_SENT:
-                        waiting.pop(0).result(ANSWER)
+                        waiting.pop(0).result(self.reading.timeout)
                 if at != saved and time.monotonic() - cut >= self._every:
                     version, saved, cut = self._cut(shelf, version, chain, saved, at, waiting), at, time.monotonic()
             if at != saved:
@@ -153,7 +153,7 @@ class _Joiner(Owner):
     ) -> int:
         """Save, if the partition is still this worker's; returns the number of what was written."""
         for sent in waiting:
-            sent.result(ANSWER)
+            sent.result(self.reading.timeout)
         waiting.clear()
         self.commit(saved)
         newest = shelf.latest()

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiokafka.errors import MessageSizeTooLargeError
-from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter
@@ -59,6 +58,8 @@ async def bury(app: Any, topic: str, letter: DeadLetter) -> None:
 
 def client(app: Any, *, servers: bool = True) -> dict[str, Any]:
     """The app's own way to its brokers, as settings for aiokafka."""
+    from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+
     conf = app.conf
     auth = dict(credentials_to_aiokafka_auth(conf.broker_credentials, conf.ssl_context))
     auth["client_id"] = conf.broker_client_id
