@@ -241,9 +241,9 @@ class Link:
         until = self._heard + self._plan.timeout
         while True:
             left = until - self._loop.time()
+            if left <= 0:
+                raise TimeoutError
             try:
-                if left <= 0:
-                    raise TimeoutError
                 answer = await asyncio.wait_for(ask([TopicPartition(*one) for one in of]), left)
             except asyncio.TimeoutError as error:
                 raise TimeoutError from error

@@ -16,8 +16,8 @@ from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import LogLoss, NormalizedEntropy, Report
 from streamrec.protocols import Metric, Model, RowSource, State
 from streamrec.storage import Store, Version
+from streamrec.trainers._saved import description, plain, require_same
 from streamrec.trainers._stop import stop_on_signals
-from streamrec.trainers.online import _description, _plain, _require_same
 
 __all__ = ["BatchTrainer"]
 
@@ -248,12 +248,12 @@ class BatchTrainer:
             "settings": self._settings(),
             "seconds": self._seconds,
         }
-        info = {"trainer": type(self).__name__, "model": _description(self.model), "metrics": _plain(self._metrics())}
+        info = {"trainer": type(self).__name__, "model": description(self.model), "metrics": plain(self._metrics())}
         return self._require_store().checkpoints.write(state, info)
 
     def publish(self) -> Version:
         """Save the model as a version for scorers. Raises `StoreError`."""
-        info = {"model": _description(self.model), "metrics": _plain(self._metrics()), "events": self._learned}
+        info = {"model": description(self.model), "metrics": plain(self._metrics()), "events": self._learned}
         state = getattr(self.model, "published", self.model.state_dict)()
         return self._require_store().versions.write({"model": state}, info)
 
@@ -269,7 +269,7 @@ class BatchTrainer:
             raise ConfigError(f"{what} was not cut by a BatchTrainer; use another store for a training of its own")
         if state["format"] != FORMAT:
             raise StoreError(f"{what} has format {state['format']!r}, this streamrec reads format {FORMAT}")
-        _require_same(self.model, version.info["model"], what=what)
+        require_same(self.model, version.info["model"], what=what)
         differ = [
             f"{name}={state['settings'][name]!r} there and {mine!r} here"
             for name, mine in self._settings().items()

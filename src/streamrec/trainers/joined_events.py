@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from streamrec.batch import LabeledRows
-from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Item, Labeled
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Validate
 from streamrec.protocols import Source, Stage, State
 from streamrec.schema import Schema
+from streamrec.trainers._saved import require_parts, require_target
 
 __all__ = ["JoinedEvents"]
 
@@ -46,11 +46,7 @@ class JoinedEvents:
         target: str = "click",
         dead_letters: DeadLetters | None = None,
     ) -> None:
-        if join is not None and target not in join.windows:
-            raise ConfigError(
-                f"the model is to learn {target!r}, but the join has windows for {', '.join(join.windows)}; "
-                f"give LabelJoin a window for {target!r}, or another target"
-            )
+        require_target(join, target)
         self.source = source
         self.schema = schema
         self.preprocessors = list(preprocessors)
@@ -141,13 +137,7 @@ class JoinedEvents:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from there. Raises `ConfigError` where the parts differ from those of `state`."""
-        stages = [saved["type"] for saved in state["preprocessors"]]
-        mine = [type(stage).__name__ for stage in self.preprocessors]
-        if stages != mine or (state["join"] is None) != (self.join is None):
-            raise ConfigError(
-                f"the state was cut with the preprocessors [{', '.join(stages)}] and "
-                f"{'no' if state['join'] is None else 'a'} join; build JoinedEvents as then, or use an empty store"
-            )
+        require_parts(state, self.preprocessors, self.join)
         self.source.seek(state["position"])
         self._validate.load_state_dict(state["validate"])
         for stage, saved in zip(self.preprocessors, state["preprocessors"], strict=True):

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any
@@ -23,8 +23,9 @@ from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Va
 from streamrec.preprocessors.hashing import uniform
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
-from streamrec.schema import Schema, Text
+from streamrec.schema import Text
 from streamrec.storage import Store, Version
+from streamrec.trainers._saved import description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
 from streamrec.trainers.held_rows import HeldRows
@@ -95,11 +96,7 @@ class OnlineTrainer:
             raise ConfigError(f"negatives must be a share in (0, 1], got {negatives!r}")
         if not checkpoint_seconds > 0:
             raise ConfigError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds!r}")
-        if join is not None and target not in join.windows:
-            raise ConfigError(
-                f"the model is to learn {target!r}, but the join has windows for {', '.join(join.windows)}; "
-                f"give LabelJoin a window for {target!r}, or another target"
-            )
+        require_target(join, target)
         self.model = model
         self.preprocessors = list(preprocessors)
         self.join = join
@@ -402,15 +399,15 @@ class OnlineTrainer:
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies."""
         model, base, copied = self._saver.cut(published=False)
-        info = {"model": _description(self.model), "metrics": _plain(self.validation.compute())}
+        info = {"model": description(self.model), "metrics": plain(self.validation.compute())}
         state = {**self._state(model), "position": position}
         return self._cut_published(), Cut(state, info, base, published=False, copied=copied)
 
     def _cut_published(self) -> Cut:
         model, base, copied = self._saver.cut(published=True)
         info = {
-            "model": _description(self.model),
-            "metrics": _plain(self.validation.compute()),
+            "model": description(self.model),
+            "metrics": plain(self.validation.compute()),
             "events": self._counts["events"],
         }
         return Cut({"model": model}, info, base, published=True, copied=copied)
@@ -442,7 +439,7 @@ class OnlineTrainer:
         if found is None:
             return None
         version, state = found
-        _require_same(self.model, version.info["model"], what=f"checkpoint {version.number}")
+        require_same(self.model, version.info["model"], what=f"checkpoint {version.number}")
         if version.info.get("trainer") == "BatchTrainer":
             self._follow(state, what=f"{self.store.uri}: checkpoint {version.number}")  # type: ignore[union-attr]
             return None
@@ -461,21 +458,13 @@ class OnlineTrainer:
         self.model.load_state_dict(state["model"])
         left = state["rows"]
         if "join" in left:  # it was trained on events
-            self._require_parts([saved["type"] for saved in left["preprocessors"]], left["join"] is not None)
+            require_parts(left, self.preprocessors, self.join)
             for stage, saved in zip(self.preprocessors, left["preprocessors"], strict=True):
                 stage.load_state_dict(saved["state"])
             self._validate.load_state_dict(left["validate"])
             if self.join is not None:
                 self.join.load_state_dict(left["join"])
                 self._take_over()
-
-    def _require_parts(self, stages: Sequence[str], join: bool) -> None:
-        """Raise `ConfigError` unless this trainer has these preprocessors, and a join or none."""
-        if [*stages] != [type(stage).__name__ for stage in self.preprocessors] or join != (self.join is not None):
-            raise ConfigError(
-                f"the checkpoint was cut with the preprocessors [{', '.join(stages)}] and "
-                f"{'a' if join else 'no'} join; build the trainer as then, or use an empty store"
-            )
 
     def state_dict(self) -> State:
         """Everything, cut now: model, open joins and their rows, preprocessors, metrics, counts, dead letters."""
@@ -502,7 +491,7 @@ class OnlineTrainer:
         """Become what `state` was cut from. Raises `ConfigError` where the parts differ from those saved."""
         if state["format"] != FORMAT:
             raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
-        self._require_parts([saved["type"] for saved in state["preprocessors"]], state["join"] is not None)
+        require_parts(state, self.preprocessors, self.join)
         self._written()
         self._saver.forget()
         self.model.load_state_dict(state["model"])
@@ -553,35 +542,3 @@ def _places(checked: Sequence[Item], kept: Sequence[Any]) -> list[int]:
 
 def _id(event: Any) -> Any:
     return (event.impression.id, event.kind) if isinstance(event, Labeled) else event.id
-
-
-def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics as JSON has them: an undefined one is null."""
-    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
-
-
-def _description(model: Model) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    return {
-        "type": type(model).__name__,
-        "schema": model.schema.to_dict(),
-        "config": None if config is None else config(),
-    }
-
-
-def _require_same(model: Model, saved: Mapping[str, Any], *, what: str) -> None:
-    """Raise unless the model is of the type, schema and settings of the one described."""
-    mine = _description(model)
-    if mine["type"] != saved["type"]:
-        raise ConfigError(
-            f"{what} is of a {saved['type']}, not of a {mine['type']}; use another store for another model"
-        )
-    model.schema.require(Schema.from_dict(saved["schema"]), what=what)
-    if mine["config"] is not None and saved["config"] is not None:
-        differ = [
-            f"{name}={saved['config'].get(name)!r} there and {value!r} here"
-            for name, value in mine["config"].items()
-            if saved["config"].get(name) != value
-        ]
-        if differ:
-            raise ConfigError(f"the model differs from that of {what}: {'; '.join(differ)}; use the settings it had")
