@@ -15,8 +15,9 @@ help:
 quickstart: .venv
 	$(BIN)/python examples/quickstart.py
 
+# A process a core, and a file in one of them as a whole: what a file starts (a broker, a cluster) it starts once.
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv
 	$(BIN)/ruff check

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import streamrec as sr
-from streamrec.preprocessors.hashing import uniform
+from streamrec.hashing import uniform
 from streamrec.testing._state import first_difference
 
 SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"))

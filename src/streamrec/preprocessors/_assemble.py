@@ -9,7 +9,7 @@ import numpy as np
 
 from streamrec._compile import compiled
 from streamrec._pointers import held, held_rows
-from streamrec.preprocessors.hashing import NO_CUTS, end_of, xxh64
+from streamrec.hashing import NO_CUTS, end_of, xxh64
 
 __all__ = ["UNKNOWN", "assemble", "assemble_row"]
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from streamrec._compile import compiled
 from streamrec._pointers import held, held_rows
+from streamrec.hashing import end_of
 from streamrec.preprocessors._keyed_rows import EMPTY, KEY, find, key_of, pop, push, put, remove, take_out
-from streamrec.preprocessors.hashing import end_of
 
 __all__ = [
     "ARRIVALS",

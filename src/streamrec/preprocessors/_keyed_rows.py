@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
-from streamrec.preprocessors.hashing import end_of, xxh64
+from streamrec.hashing import end_of, xxh64
 
 __all__ = [
     "EMPTY",

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from streamrec._compile import compiled
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
+from streamrec.hashing import packed
 from streamrec.preprocessors._keyed_rows import KEY, empty_table, find, keys_of, put, put_all, take_out
-from streamrec.preprocessors.hashing import packed
 from streamrec.protocols import State
 
 __all__ = ["Dedup"]

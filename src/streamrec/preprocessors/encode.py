@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from streamrec.batch import Batch
 from streamrec.events import Impression
+from streamrec.hashing import hash_bytes, packed
 from streamrec.preprocessors._assemble import UNKNOWN, assemble
 from streamrec.preprocessors._one_row import Rows
-from streamrec.preprocessors.hashing import hash_bytes, packed
 from streamrec.schema import Field, Id, Ids, Number, Schema, Text
 
 NoneType = type(None)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from streamrec._pointers import pointers_to
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
+from streamrec.hashing import packed
 from streamrec.preprocessors import _join_kernel
 from streamrec.preprocessors._join_kernel import CLOSED, FOREVER, PASSED, SHOWN, UNKNOWN
 from streamrec.preprocessors._keyed_rows import empty_table, put_all
-from streamrec.preprocessors.hashing import packed
 from streamrec.protocols import State
 
 __all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event_codes"]

@@ -19,8 +19,8 @@ from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position
+from streamrec.hashing import uniform
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
-from streamrec.preprocessors.hashing import uniform
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Text

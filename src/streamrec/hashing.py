@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 
-__all__ = ["end_of", "NO_CUTS", "hash_bytes", "joined", "packed", "uniform", "xxh64"]
+__all__ = ["end_of", "NO_CUTS", "hash_bytes", "hashes", "joined", "packed", "uniform", "xxh64"]
 
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -112,13 +112,23 @@ def end_of(data: Any, begin: int, cuts: Any, n: int) -> int:
 
 
 @compiled()
-def _uniform(data: Any, cuts: Any, seed: Any) -> Any:
-    draws = np.empty(len(cuts))
+def _hashes(data: Any, cuts: Any, seed: Any) -> Any:
+    found = np.empty(len(cuts), dtype=np.uint64)
     begin = 0
     for i in range(len(cuts)):
-        draws[i] = (xxh64(data, begin, cuts[i], seed) >> np.uint64(11)) * 2.0**-53
+        found[i] = xxh64(data, begin, cuts[i], seed)
         begin = cuts[i] + 1
-    return draws
+    return found
+
+
+def hashes(strings: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
+    """int64 `(n,)`: XXH64 of each string.
+
+    >>> hashes(["i1", "i2", "i1"]).tolist()
+    [3410491466200771940, 6467775973143590155, 3410491466200771940]
+    """
+    found: NDArray[np.uint64] = _hashes(*joined(strings), np.uint64(seed))
+    return found.view(np.int64)
 
 
 def uniform(strings: Sequence[str], seed: int = 0) -> NDArray[np.float64]:
@@ -129,9 +139,7 @@ def uniform(strings: Sequence[str], seed: int = 0) -> NDArray[np.float64]:
     >>> uniform(["i1", "i2", "i1"]).round(3)
     array([0.185, 0.351, 0.185])
     """
-    data, cuts = joined(strings)
-    draws: NDArray[np.float64] = _uniform(data, cuts, np.uint64(seed))
-    return draws
+    return (hashes(strings, seed).view(np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hash_bytes(value: bytes, seed: int = 0) -> int:

@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamrec.preprocessors.hashing import hash_bytes, xxh64
+from streamrec.hashing import hash_bytes, hashes, xxh64
 
 SEEDS = [0, 1, 2**31, 2**63, 2**64 - 1]
 
@@ -33,3 +33,9 @@ def test_a_part_of_a_buffer(data: bytes, start: int, end: int) -> None:
 def test_a_megabyte() -> None:
     data = b"abcdefg" * 150_000
     assert hash_bytes(data, 3) == xxhash.xxh64_intdigest(data, 3)
+
+
+@given(st.lists(st.text(max_size=20), max_size=8), st.integers(0, 2**64 - 1))
+def test_many_strings_at_once(strings: list[str], seed: int) -> None:
+    expected = [xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"), seed) for text in strings]
+    assert hashes(strings, seed).view(np.uint64).tolist() == expected
