@@ -64,6 +64,11 @@ METRICS: dict[str, list[Callable[[], Metric]]] = {
     "Calibration": [sr.Calibration],
     "CTR": [sr.CTR, lambda: sr.CTR(kind="like")],
     "ConversionRate": [sr.ConversionRate, lambda: sr.ConversionRate(of="purchase", per="like")],
+    "GAUC": [lambda: sr.GAUC(capacity=64), lambda: sr.GAUC(by="item", capacity=64, kind="purchase")],
+    "NDCG": [lambda: sr.NDCG(k=3, capacity=64)],
+    "Recall": [lambda: sr.Recall(k=3, capacity=64, by=lambda impression: impression.user[-1])],
+    "Coverage": [lambda: sr.Coverage(size=50)],
+    "Slices": [lambda: sr.Slices(by="request", metrics=[sr.AUC(), sr.ConversionRate(of="purchase")])],
 }
 # What flows and what configures: frozen, without memory.
 DATA = {

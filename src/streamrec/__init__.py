@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from streamrec.errors import StreamrecError as StreamrecError
     from streamrec.evaluators import AUC as AUC
     from streamrec.evaluators import CTR as CTR
+    from streamrec.evaluators import GAUC as GAUC
+    from streamrec.evaluators import NDCG as NDCG
     from streamrec.evaluators import Calibration as Calibration
     from streamrec.evaluators import ConversionRate as ConversionRate
+    from streamrec.evaluators import Coverage as Coverage
     from streamrec.evaluators import LogLoss as LogLoss
     from streamrec.evaluators import NormalizedEntropy as NormalizedEntropy
+    from streamrec.evaluators import Recall as Recall
     from streamrec.evaluators import Report as Report
+    from streamrec.evaluators import Slices as Slices
     from streamrec.events import DeadLetter as DeadLetter
     from streamrec.events import Feedback as Feedback
     from streamrec.events import Impression as Impression
@@ -58,11 +63,16 @@ _HOME = {
     "evaluators": (
         "AUC",
         "CTR",
+        "GAUC",
+        "NDCG",
         "Calibration",
         "ConversionRate",
+        "Coverage",
         "LogLoss",
         "NormalizedEntropy",
+        "Recall",
         "Report",
+        "Slices",
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
     "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam"),

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from streamrec.batch import Batch, LabeledRows
 from streamrec.errors import ConfigError
-from streamrec.events import Event, Item, Position
+from streamrec.events import Event, Impression, Item, Position
 from streamrec.schema import Schema
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Changed",
     "Metric",
     "Model",
+    "NotedMetric",
     "OrderedModel",
     "RowSource",
     "Source",
@@ -268,8 +269,9 @@ class Metric(Stateful, Protocol):
         """Judge served `scores` by `labels` of one kind, all `(n,)`. Cutting a call in two changes no bit."""
         ...
 
-    def compute(self) -> float:
-        """Its value now; nan while there is nothing to tell from."""
+    def compute(self) -> Any:
+        """Its value now, a float; nan while there is nothing to tell from. A `NotedMetric` may give several, by
+        name."""
         ...
 
     def merge(self, other: Self) -> None:
@@ -278,4 +280,23 @@ class Metric(Stateful, Protocol):
 
     def fresh(self) -> Self:
         """Another of the same settings that has seen nothing."""
+        ...
+
+
+@runtime_checkable
+class NotedMetric(Metric, Protocol):
+    """A metric that looks at the impression, too: at its user, its request, its slice, at what another model says.
+
+    It takes a note of each impression when that is shown. The note waits with the row, is saved with it, and comes back
+    in `update(labels, scores, weights, kind, notes)` when a label is known.
+    """
+
+    @property
+    def notes(self) -> np.dtype[Any]:
+        """The type of a note; of one length, whatever the impression."""
+        ...
+
+    def note(self, impressions: Sequence[Impression], batch: Batch) -> NDArray[Any]:
+        """`(n,)` of the type `notes`: a note of each of these impressions, which are the rows of `batch`. Changes
+        nothing and depends on nothing that labels change, so that how the stream is cut does not show."""
         ...

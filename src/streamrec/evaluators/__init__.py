@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from streamrec.evaluators.grouped import GAUC, NDCG, Coverage, Recall
 from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
 from streamrec.evaluators.progressive import ProgressiveValidation, Window
 from streamrec.evaluators.report import Report
+from streamrec.evaluators.slices import Slices
 
 __all__ = [
     "AUC",
     "CTR",
+    "GAUC",
+    "NDCG",
     "Calibration",
     "ConversionRate",
+    "Coverage",
     "LogLoss",
     "NormalizedEntropy",
     "ProgressiveValidation",
+    "Recall",
     "Report",
+    "Slices",
     "Window",
 ]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 
-__all__ = ["BINS", "CLIP", "add_loss", "add_rates", "add_to_bins", "bin_of", "natural_log"]
+__all__ = ["BINS", "CLIP", "Column", "add_loss", "add_rates", "add_to_bins", "bin_of", "natural_log", "usable"]
 
 Column = NDArray[np.float32]
 Sums = NDArray[np.float64]

@@ -16,52 +16,12 @@ from typing_extensions import Self
 
 from streamrec.errors import ConfigError
 from streamrec.evaluators import formulas
-from streamrec.evaluators._accumulate import BINS, add_loss, add_rates, add_to_bins
+from streamrec.evaluators._accumulate import BINS, Column, add_loss, add_rates, add_to_bins
+from streamrec.evaluators._entries import columns, kind_of, unequal
 
 __all__ = ["AUC", "CTR", "Calibration", "ConversionRate", "LogLoss", "NormalizedEntropy"]
 
-Column = NDArray[np.float32]
 Sums = NDArray[np.float64]
-
-_FLOAT32 = np.dtype(np.float32)
-_ALL_ONE = np.zeros(0, dtype=np.float32)  # what the loops take for "no weights": one compiled form instead of two
-
-
-def _columns(labels: Column, scores: Column, weights: Column | None) -> tuple[Column, Column, Column]:
-    """The three as the loops want them. Almost always they are already: then this costs a few attribute reads."""
-    if not (type(labels) is np.ndarray and labels.dtype is _FLOAT32 and labels.ndim == 1 and labels.flags.carray):
-        labels = _column("labels", labels)
-    if not (type(scores) is np.ndarray and scores.dtype is _FLOAT32 and scores.ndim == 1 and scores.flags.carray):
-        scores = _column("scores", scores)
-    if weights is None:
-        return labels, scores, _ALL_ONE
-    if not (type(weights) is np.ndarray and weights.dtype is _FLOAT32 and weights.ndim == 1 and weights.flags.carray):
-        weights = _column("weights", weights)
-    if len(weights) != len(labels):
-        raise _lengths(labels, scores, weights)
-    return labels, scores, weights
-
-
-def _column(name: str, values: Any) -> Column:
-    # a copy, so that a view or a read-only array is not compiled for anew
-    with np.errstate(over="ignore"):  # what float32 cannot hold is out of range, and skipped as such
-        column = np.array(values, dtype=np.float32, order="C")
-    if column.ndim != 1:
-        raise ConfigError(f"{name} must have the shape (n,), got {column.shape}")
-    return column
-
-
-def _lengths(labels: Column, scores: Column, weights: Column) -> ConfigError:
-    given = f", {len(weights)} weights" if weights is not _ALL_ONE else ""
-    return ConfigError(
-        f"labels, scores and weights must be as many: got {len(labels)} labels, {len(scores)} scores{given}"
-    )
-
-
-def _kind(argument: str, kind: str) -> str:
-    if not isinstance(kind, str) or not kind:
-        raise ConfigError(f'{argument} must be a kind of feedback such as "click", got {kind!r}')
-    return kind
 
 
 class _Sums:
@@ -110,7 +70,7 @@ class _OneKind(_Sums):
     _shape: ClassVar[tuple[int, ...]] = (3,)
 
     def __init__(self, *, kind: str = "click") -> None:
-        self._kind = _kind("kind", kind)
+        self._kind = kind_of("kind", kind)
         self.kinds = (kind,)
         self.name = type(self).__name__ if kind == "click" else f"{type(self).__name__}[{kind}]"
         self.skipped = 0
@@ -127,10 +87,10 @@ class _OneKind(_Sums):
         """
         if kind != self._kind:
             return
-        labels, scores, weights = _columns(labels, scores, weights)
+        labels, scores, weights = columns(labels, scores, weights)
         skipped = self._add(labels, scores, weights, self._sums)
         if skipped < 0:
-            raise _lengths(labels, scores, weights)
+            raise unequal(labels, scores, weights)
         self.skipped += skipped
 
 
@@ -247,7 +207,7 @@ class ConversionRate(_Sums):
     """
 
     def __init__(self, *, of: str = "conversion", per: str = "click") -> None:
-        self._of, self._per = _kind("of", of), _kind("per", per)
+        self._of, self._per = kind_of("of", of), kind_of("per", per)
         if of == per:
             raise ConfigError(f"of and per must be different kinds, got {of!r} for both")
         self.kinds = (per, of)
@@ -267,10 +227,10 @@ class ConversionRate(_Sums):
         """
         if kind not in self.kinds:
             return
-        labels, scores, weights = _columns(labels, scores, weights)
+        labels, scores, weights = columns(labels, scores, weights)
         skipped = add_rates(labels, scores, weights, self._sums[self.kinds.index(kind)])
         if skipped < 0:
-            raise _lengths(labels, scores, weights)
+            raise unequal(labels, scores, weights)
         self.skipped += skipped
 
     def compute(self) -> float:

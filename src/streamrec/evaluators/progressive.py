@@ -6,17 +6,19 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrec.batch import Batch
 from streamrec.errors import ConfigError
-from streamrec.protocols import Metric
+from streamrec.events import Impression
+from streamrec.protocols import Metric, NotedMetric
 
-__all__ = ["ProgressiveValidation", "Window"]
+__all__ = ["ProgressiveValidation", "Window", "values_of"]
 
-_Run = tuple[NDArray[np.float32], NDArray[np.float32], "NDArray[np.float32] | None", str]
+_Columns = tuple[NDArray[np.float32], NDArray[np.float32], "NDArray[np.float32] | None"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class ProgressiveValidation:
             raise ConfigError(f"keep must be >= 0 windows, got {keep!r}")
         self.dropped_windows = 0
         self._names = names
+        self._noted = [place for place, metric in enumerate(metrics) if isinstance(metric, NotedMetric)]
         self._window = None if window is None else float(window)
         self._keep = keep
         self._whole = list(metrics)
@@ -97,6 +100,18 @@ class ProgressiveValidation:
         self._count = 0
         self._closed: deque[Window] = deque()
 
+    @property
+    def notes(self) -> list[np.dtype[Any]]:
+        """What `note` gives: the types of the notes of those metrics that take any, in order."""
+        return [metric.notes for metric in self._takers()]
+
+    def note(self, impressions: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
+        """A note of each of these impressions, which are the rows of `batch`, for each metric that takes notes."""
+        return [metric.note(impressions, batch) for metric in self._takers()]
+
+    def _takers(self) -> list[NotedMetric]:
+        return [self._whole[place] for place in self._noted]  # type: ignore[misc]  # what `_noted` says
+
     def update(
         self,
         labels: NDArray[np.float32],
@@ -104,12 +119,13 @@ class ProgressiveValidation:
         weights: NDArray[np.float32] | None,
         times: NDArray[np.float64],
         kinds: str | Sequence[str] = "click",
+        notes: Sequence[NDArray[Any]] = (),
     ) -> None:
         """Judge served `scores` by `labels`, in order; each metric gets the entries of its kinds.
 
         `labels`, `scores`, `weights`: float32 `(n,)`, None for weights of 1. `times`: float64 `(n,)`, event times; one
-        that is not finite counts in the open window. `kinds`: one for all entries, or `n` of them. Raises
-        `ConfigError` where the lengths differ.
+        that is not finite counts in the open window. `kinds`: one for all entries, or `n` of them. `notes`: what `note`
+        gave for their impressions, `(n,)` each. Raises `ConfigError` where the lengths differ.
         """
         n = len(scores)
         one_each = n if isinstance(kinds, str) else len(kinds)
@@ -120,14 +136,14 @@ class ProgressiveValidation:
             )
         if not n:
             return
-        tagged = _tag(kinds)
-        _feed(self._whole, labels, scores, weights, tagged)
+        entries = _Entries(labels, scores, weights, _tag(kinds), dict(zip(self._noted, notes, strict=True)))
+        _feed(self._whole, entries)
         if self._window is None:
             return
         if n == 1 or float(times.max()) / self._window < self._open + 1:  # false for nan
             index = times[0] / self._window
             if index < self._open + 1:
-                _feed(self._recent, labels, scores, weights, tagged)
+                _feed(self._recent, entries)
                 self._count += n
                 return
         for first, end, index in self._segments(times / self._window):
@@ -135,15 +151,12 @@ class ProgressiveValidation:
                 if self._open > -math.inf:
                     self._close()
                 self._open = index
-            rows = slice(first, end)
-            kinds_here = tagged if isinstance(tagged, str) else tagged[rows]
-            weights_here = None if weights is None else weights[rows]
-            _feed(self._recent, labels[rows], scores[rows], weights_here, kinds_here)
+            _feed(self._recent, entries.take(slice(first, end)))
             self._count += end - first
 
     def compute(self) -> dict[str, float]:
         """Each metric's value since the start, by name; nan where undefined."""
-        return {metric.name: metric.compute() for metric in self._whole}
+        return values_of(self._whole)
 
     def windows(self) -> list[Window]:
         """The windows kept, oldest first, the open one last."""
@@ -152,9 +165,13 @@ class ProgressiveValidation:
     def state_dict(self) -> dict[str, Any]:
         """Everything: the metrics since the start and in the open window, and the windows kept, cut now.
 
-        `windows`: float64 `(kept, 3 + metrics)`, the columns start, end, count and the values in the order of `names`.
+        `windows`: those kept; of each, `values` float64 `(3 + metrics,)`: its start, end, count and the values of
+        `metrics`, their names.
         """
-        rows = [[w.start, w.end, float(w.count), *(w.metrics[name] for name in self._names)] for w in self._closed]
+        windows = [
+            {"metrics": list(w.metrics), "values": np.array([w.start, w.end, w.count, *w.metrics.values()])}
+            for w in self._closed
+        ]
         return {
             "names": list(self._names),
             "window": self._window,
@@ -162,7 +179,7 @@ class ProgressiveValidation:
             "recent": {metric.name: metric.state_dict() for metric in self._recent},
             "open": None if self._open == -math.inf else self._open,
             "count": self._count,
-            "windows": np.array(rows, dtype=np.float64).reshape(len(rows), 3 + len(self._names)),
+            "windows": windows,
             "dropped_windows": self.dropped_windows,
         }
 
@@ -180,8 +197,9 @@ class ProgressiveValidation:
         self._count = int(state["count"])
         self.dropped_windows = int(state["dropped_windows"])
         self._closed = deque(
-            Window(start, end, int(count), dict(zip(names, values, strict=True)))
-            for start, end, count, *values in np.asarray(state["windows"]).tolist()
+            Window(start, end, int(count), dict(zip(window["metrics"], values, strict=True)))
+            for window in state["windows"]
+            for start, end, count, *values in [np.asarray(window["values"]).tolist()]
         )
         self._trim()
 
@@ -207,8 +225,7 @@ class ProgressiveValidation:
 
     def _summary(self) -> Window:
         length = self._window or math.nan
-        values = {metric.name: metric.compute() for metric in self._recent}
-        return Window(self._open * length, (self._open + 1) * length, self._count, values)
+        return Window(self._open * length, (self._open + 1) * length, self._count, values_of(self._recent))
 
     def _unseen(self) -> list[Metric]:
         return [] if self._window is None else [metric.fresh() for metric in self._whole]
@@ -223,25 +240,51 @@ def _tag(kinds: str | Sequence[str]) -> str | _Mixed:
     return names[0] if len(names) == 1 else _Mixed(names, tags)
 
 
-def _feed(
-    metrics: Sequence[Metric],
-    labels: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    weights: NDArray[np.float32] | None,
-    kinds: str | _Mixed,
-) -> None:
-    if isinstance(kinds, str):
-        for metric in metrics:
-            if kinds in metric.kinds:
-                metric.update(labels, scores, weights, kinds)
-        return
-    runs: dict[tuple[str, ...], list[_Run]] = {}  # most metrics want the same kinds: pick their entries once
+def values_of(metrics: Sequence[Metric]) -> dict[str, float]:
+    """The value of each metric by its name, or all the values, by theirs, of one that gives several."""
+    found: dict[str, float] = {}
     for metric in metrics:
+        value = metric.compute()
+        found.update(value if isinstance(value, Mapping) else {metric.name: value})
+    return found
+
+
+class _Entries(NamedTuple):
+    """What is to be judged. `notes`: by the place of the metric that took them."""
+
+    labels: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    weights: NDArray[np.float32] | None
+    kinds: str | _Mixed
+    notes: Mapping[int, NDArray[Any]]
+
+    def take(self, rows: slice) -> _Entries:
+        labels, scores, weights = self.columns(rows)
+        kinds = self.kinds if isinstance(self.kinds, str) else self.kinds[rows]
+        return _Entries(labels, scores, weights, kinds, {place: notes[rows] for place, notes in self.notes.items()})
+
+    def columns(self, rows: slice | NDArray[np.int64]) -> _Columns:
+        return self.labels[rows], self.scores[rows], None if self.weights is None else self.weights[rows]
+
+
+def _feed(metrics: Sequence[Metric], entries: _Entries) -> None:
+    kinds, notes = entries.kinds, entries.notes
+    if isinstance(kinds, str):
+        for place, metric in enumerate(metrics):
+            if kinds in metric.kinds:
+                _update(metric, entries[:3], kinds, notes.get(place))
+        return
+    runs: dict[tuple[str, ...], list[tuple[_Columns, str, NDArray[np.int64]]]] = {}
+    for place, metric in enumerate(metrics):
         wanted = tuple(metric.kinds)
-        if wanted not in runs:
-            runs[wanted] = [
-                (labels[rows], scores[rows], None if weights is None else weights[rows], kind)
-                for kind, rows in kinds.runs(wanted)
-            ]
-        for run in runs[wanted]:
-            metric.update(*run)
+        if wanted not in runs:  # most metrics want the same kinds: pick their entries once
+            runs[wanted] = [(entries.columns(rows), kind, rows) for kind, rows in kinds.runs(wanted)]
+        for columns, kind, rows in runs[wanted]:
+            _update(metric, columns, kind, notes[place][rows] if place in notes else None)
+
+
+def _update(metric: Any, columns: _Columns, kind: str, notes: NDArray[Any] | None) -> None:
+    if notes is None:
+        metric.update(*columns, kind)
+    else:
+        metric.update(*columns, kind, notes)

@@ -9,30 +9,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec.protocols import Metric
+from streamrec.batch import Batch
+from streamrec.events import Impression
+from streamrec.protocols import Metric, NotedMetric
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 
 __all__ = ["check_metric"]
 
 Column = NDArray[np.float32]
-Entries = tuple[Column, Column, Column]  # labels, scores, weights
+Entries = list[NDArray[Any]]  # labels, scores, weights; and the notes of a metric that takes any
+Draw = Callable[[np.random.Generator, int], Entries]
 
 
 def check_metric(
     make: Callable[[], Metric],
     *,
-    reference: Callable[[Column, Column, Column], float] | None = None,
+    reference: Callable[..., float] | None = None,
     kinds: Sequence[str] | None = None,
     tolerance: float = 1e-6,
 ) -> None:
-    """Hold a metric to the `Metric` contract, on seeded random streams.
+    """Hold a metric to the `Metric` contract, or to that of a `NotedMetric`, on seeded random streams.
 
     Cutting a call anywhere changes no bit of the state, merged parts equal the whole, a saved state goes on as the
     original would and is not changed by it, `fresh()` has seen nothing, `compute` changes nothing, the state does not
-    grow with the stream, other kinds and the inputs are left alone, and a nan score does not spoil the value.
+    grow with the stream, other kinds and the inputs are left alone, and a nan score does not spoil the value. A metric
+    that takes notes is shown impressions of 30 users and 50 items with a feature `request`, and without one now and
+    then; what it notes of some does not depend on the others, nor on what was judged.
 
     `make`: gives a new metric that has seen nothing. `reference`: takes float32 labels, scores and weights, `(n,)`,
-    and gives the value for them; only for a metric of one kind, held to an absolute or relative `tolerance`.
+    and gives the value for them; only for a metric of one kind, held to an absolute or relative `tolerance`; of a
+    `NotedMetric` it takes the notes, too.
     `kinds`: what the metric's `kinds` shall be. Raises `AssertionError` saying which promise is broken.
 
     >>> from streamrec.evaluators import CTR
@@ -51,21 +57,24 @@ def check_metric(
     if not isinstance(metric.name, str) or not metric.name:
         raise AssertionError(f"name must be a string that is not empty, got {metric.name!r}")
 
-    _check_empty(make)
+    draw: Draw = _noted(make) if isinstance(made, NotedMetric) else _entries
+    _check_empty(make, draw)
     for seed in range(3):
-        stream = _stream(np.random.default_rng(seed), own, 300)
+        stream = _stream(draw, np.random.default_rng(seed), own, 300)
         _check_cuts(make, stream)
         _check_merge(make, stream)
         _check_state(make, stream)
-    _check_reading(make, own)
-    _check_inputs(make, own)
-    _check_other_kinds(make, own)
-    _check_memory(make, own)
-    _check_unusable(make, own)
+    _check_reading(make, own, draw)
+    _check_inputs(make, own, draw)
+    _check_other_kinds(make, own, draw)
+    _check_memory(make, own, draw)
+    _check_unusable(make, own, draw)
+    if isinstance(made, NotedMetric):
+        _check_notes(make, own, draw)
     if reference is not None:
         if len(own) != 1:
             raise AssertionError(f"reference is for a metric of one kind, this one has {own}")
-        _check_reference(make, own[0], reference, tolerance)
+        _check_reference(make, own[0], draw, reference, tolerance)
 
 
 _MEMBERS = ("kinds", "name", "update", "compute", "merge", "fresh", "state_dict", "load_state_dict")
@@ -76,20 +85,50 @@ def _entries(rng: np.random.Generator, n: int) -> Entries:
     labels = (rng.random(n) < scores).astype(np.float32)
     soft = rng.random(n) < 0.1  # a label may be any probability
     labels[soft] = rng.random(int(soft.sum())).astype(np.float32)
-    return labels, scores, rng.gamma(2.0, 0.5, n).astype(np.float32)
+    return [labels, scores, rng.gamma(2.0, 0.5, n).astype(np.float32)]
 
 
-def _stream(rng: np.random.Generator, kinds: Sequence[str], n: int) -> list[tuple[str, Entries]]:
+def _impressions(rng: np.random.Generator, n: int) -> list[Impression]:
+    users, items, requests = rng.integers(30, size=n), rng.integers(50, size=n), rng.integers(12, size=n)
+    return [
+        Impression(f"i{k}", float(k), f"u{user}", f"p{item}", {"request": f"r{request}"} if request else {})
+        for k, (user, item, request) in enumerate(zip(users.tolist(), items.tolist(), requests.tolist(), strict=True))
+    ]
+
+
+def _blank(rows: int) -> Batch:
+    """Rows in which nothing is encoded."""
+    none = np.empty(0, dtype=np.int64)
+    ends = np.zeros(rows, dtype=np.int64)
+    return Batch(
+        none, none.astype(np.float32), none.astype(np.int32), ends, ends, times=np.arange(rows, dtype=np.float64)
+    )
+
+
+def _noted(make: Callable[[], Metric]) -> Draw:
+    def draw(rng: np.random.Generator, n: int) -> Entries:
+        metric = make()
+        assert isinstance(metric, NotedMetric)
+        return [*_entries(rng, n), metric.note(_impressions(rng, n), _blank(n))]
+
+    return draw
+
+
+def _update(metric: Any, columns: Entries, kind: str) -> None:
+    metric.update(*columns[:3], kind, *columns[3:])
+
+
+def _stream(draw: Draw, rng: np.random.Generator, kinds: Sequence[str], n: int) -> list[tuple[str, Entries]]:
     """Calls of 0 to 40 entries, `n` entries or a few more in all."""
     stream: list[tuple[str, Entries]] = []
     while sum(len(entries[0]) for _, entries in stream) < n:
-        stream.append((kinds[int(rng.integers(len(kinds)))], _entries(rng, int(rng.integers(41)))))
+        stream.append((kinds[int(rng.integers(len(kinds)))], draw(rng, int(rng.integers(41)))))
     return stream
 
 
 def _feed(metric: Metric, stream: Sequence[tuple[str, Entries]]) -> Metric:
-    for kind, (labels, scores, weights) in stream:
-        metric.update(labels, scores, weights, kind)
+    for kind, columns in stream:
+        _update(metric, columns, kind)
     return metric
 
 
@@ -99,14 +138,19 @@ def _same(a: object, b: object, promise: str) -> None:
         raise AssertionError(f"{promise}: {difference}")
 
 
-def _check_empty(make: Callable[[], Metric]) -> None:
+def _values(metric: Metric) -> dict[str, float]:
+    value: Any = metric.compute()
+    return dict(value) if isinstance(metric, NotedMetric) and isinstance(value, Mapping) else {metric.name: value}
+
+
+def _check_empty(make: Callable[[], Metric], draw: Draw) -> None:
     empty = make()
-    value = empty.compute()
-    if not isinstance(value, float):
-        raise AssertionError(f"compute() must return a float, got {value!r}")
-    if not math.isnan(value):
-        raise AssertionError(f"compute() must be nan while nothing has been seen, got {value!r}")
-    seen = _feed(make(), _stream(np.random.default_rng(0), list(empty.kinds), 50))
+    for value in _values(empty).values():
+        if not isinstance(value, float):
+            raise AssertionError(f"compute() must return a float, got {value!r}")
+        if not math.isnan(value):
+            raise AssertionError(f"compute() must be nan while nothing has been seen, got {value!r}")
+    seen = _feed(make(), _stream(draw, np.random.default_rng(0), list(empty.kinds), 50))
     before = copy_state(seen.state_dict())
     fresh = seen.fresh()
     if fresh is seen:
@@ -114,7 +158,7 @@ def _check_empty(make: Callable[[], Metric]) -> None:
     _same(fresh.state_dict(), empty.state_dict(), "fresh() must have seen nothing")
     if fresh.name != seen.name or list(fresh.kinds) != list(seen.kinds):
         raise AssertionError(f"fresh() must have the same settings: {fresh.name!r} came from {seen.name!r}")
-    _feed(fresh, _stream(np.random.default_rng(1), list(empty.kinds), 50))
+    _feed(fresh, _stream(draw, np.random.default_rng(1), list(empty.kinds), 50))
     _same(seen.state_dict(), before, "fresh() must share nothing with its origin")
 
 
@@ -124,31 +168,32 @@ def _check_cuts(make: Callable[[], Metric], stream: Sequence[tuple[str, Entries]
         cut = make()
         for kind, columns in stream:
             for start in range(0, len(columns[0]), size):
-                labels, scores, weights = (column[start : start + size].copy() for column in columns)
-                cut.update(labels, scores, weights, kind)
+                _update(cut, [column[start : start + size].copy() for column in columns], kind)
         _same(whole, cut.state_dict(), f"calls cut into pieces of {size} must give the same state, bit for bit")
     # one call of them all, without weights, against one entry at a time: the sums' order shows here most
     kind = stream[0][0]
-    labels, scores = (np.concatenate([entries[place] for _, entries in stream]) for place in (0, 1))
+    places = range(len(stream[0][1]))
+    labels, scores, _, *notes = (np.concatenate([entries[place] for _, entries in stream]) for place in places)
     together, apart = make(), make()
-    together.update(labels, scores, None, kind)
+    together.update(labels, scores, None, kind, *notes)
     for i in range(len(labels)):
-        apart.update(labels[i : i + 1].copy(), scores[i : i + 1].copy(), None, kind)
+        one = slice(i, i + 1)
+        apart.update(labels[one].copy(), scores[one].copy(), None, kind, *[column[one].copy() for column in notes])
     _same(together.state_dict(), apart.state_dict(), "one call must equal one call an entry, bit for bit")
     ones = make()
-    ones.update(labels, scores, np.ones(len(labels), dtype=np.float32), kind)
-    _close(together.compute(), ones.compute(), 1e-9, "no weights must equal weights of 1")
+    ones.update(labels, scores, np.ones(len(labels), dtype=np.float32), kind, *notes)
+    _close(together, ones, 1e-9, "no weights must equal weights of 1")
 
 
 def _check_merge(make: Callable[[], Metric], stream: Sequence[tuple[str, Entries]]) -> None:
-    whole = _feed(make(), stream).compute()
+    whole = _feed(make(), stream)
     for parts in (2, 5):
         first, *others = [_feed(make(), stream[part::parts]) for part in range(parts)]
         before = [copy_state(other.state_dict()) for other in others]
         first.merge(make())
         for other in others:
             first.merge(other)
-        _close(first.compute(), whole, 1e-9, f"{parts} parts merged must equal the whole")
+        _close(first, whole, 1e-9, f"{parts} parts merged must equal the whole")
         for other, state in zip(others, before, strict=True):
             _same(other.state_dict(), state, "merge must leave the other as it was")
 
@@ -172,71 +217,105 @@ def _check_state(make: Callable[[], Metric], stream: Sequence[tuple[str, Entries
     _same(twin.compute(), metric.compute(), "a loaded metric must have the value of the original")
 
 
-def _check_reading(make: Callable[[], Metric], kinds: Sequence[str]) -> None:
-    metric = _feed(make(), _stream(np.random.default_rng(3), kinds, 100))
+def _check_reading(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
+    metric = _feed(make(), _stream(draw, np.random.default_rng(3), kinds, 100))
     before = copy_state(metric.state_dict())
     first, second = metric.compute(), metric.compute()
     _same(metric.state_dict(), before, "compute must change nothing")
     _same(first, second, "compute twice must give the same")
 
 
-def _check_inputs(make: Callable[[], Metric], kinds: Sequence[str]) -> None:
-    columns = _entries(np.random.default_rng(4), 50)
+def _check_inputs(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
+    columns = draw(np.random.default_rng(4), 50)
     before = [column.copy() for column in columns]
     metric = make()
-    metric.update(*columns, kinds[0])
+    _update(metric, columns, kinds[0])
     _same([*columns], before, "update must leave its arguments as they were")
     kept = copy_state(metric.state_dict())
-    for column in columns:
+    for column in columns[:3]:
         column[:] = 0.5
+    for column in columns[3:]:
+        column[:] = column[::-1].copy()
     _same(metric.state_dict(), kept, "a metric must not hold on to the arguments of update")
 
 
-def _check_other_kinds(make: Callable[[], Metric], kinds: Sequence[str]) -> None:
-    metric = _feed(make(), _stream(np.random.default_rng(5), kinds, 50))
+def _check_other_kinds(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
+    metric = _feed(make(), _stream(draw, np.random.default_rng(5), kinds, 50))
     before = copy_state(metric.state_dict())
-    metric.update(*_entries(np.random.default_rng(6), 50), "a kind of nobody")
+    _update(metric, draw(np.random.default_rng(6), 50), "a kind of nobody")
     _same(metric.state_dict(), before, f"labels of kinds other than {list(kinds)} must be ignored")
 
 
-def _check_memory(make: Callable[[], Metric], kinds: Sequence[str]) -> None:
+def _check_memory(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
     rng = np.random.default_rng(7)
-    short = _size(_feed(make(), [(kind, _entries(rng, 1000)) for kind in kinds]).state_dict())
-    long = _size(_feed(make(), [(kind, _entries(rng, 1000)) for kind in kinds for _ in range(8)]).state_dict())
+    short = _size(_feed(make(), [(kind, draw(rng, 1000)) for kind in kinds]).state_dict())
+    long = _size(_feed(make(), [(kind, draw(rng, 1000)) for kind in kinds for _ in range(8)]).state_dict())
     if long > 1.5 * short + 64:
         raise AssertionError(
             f"memory must not grow with the stream: {short} bytes of state after 1,000 entries, {long} after 8,000"
         )
 
 
-def _check_unusable(make: Callable[[], Metric], kinds: Sequence[str]) -> None:
+def _check_unusable(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
     rng = np.random.default_rng(8)
-    stream = [(kind, _entries(rng, 200)) for kind in kinds]
+    stream = [(kind, draw(rng, 200)) for kind in kinds]
     clean, spoiled = _feed(make(), stream), make()
     for kind, columns in stream:
-        labels, scores, weights = (np.insert(column, 100, column[:1]) for column in columns)
-        scores[100] = np.nan
-        spoiled.update(labels, scores, weights, kind)
-    expected, value = clean.compute(), spoiled.compute()
-    if math.isfinite(expected) and not math.isfinite(value):
-        raise AssertionError(f"one nan score must not spoil the metric: it is {value!r}, was {expected!r} without")
+        more = [np.insert(column, 100, column[:1]) for column in columns]
+        more[1][100] = np.nan
+        _update(spoiled, more, kind)
+    values = _values(spoiled)
+    for name, expected in _values(clean).items():
+        if math.isfinite(expected) and not math.isfinite(values[name]):
+            raise AssertionError(f"one nan score must not spoil {name}: it is {values[name]!r}, was {expected!r}")
+
+
+def _check_notes(make: Callable[[], Metric], kinds: Sequence[str], draw: Draw) -> None:
+    shown = _impressions(np.random.default_rng(9), 60)
+    before, metric = make(), _feed(make(), _stream(draw, np.random.default_rng(10), kinds, 200))
+    assert isinstance(before, NotedMetric) and isinstance(metric, NotedMetric)
+    state = copy_state(metric.state_dict())
+    together = metric.note(shown, _blank(60))
+    if together.dtype != metric.notes or together.shape != (60,):
+        raise AssertionError(
+            f"note must give one {metric.notes} for each of 60 impressions, got {together.dtype} {together.shape}"
+        )
+    _same(metric.state_dict(), state, "note must change nothing")
+    for size in (1, 7, 60):
+        for start in range(0, 60, size):
+            part = before.note(shown[start : start + size], _blank(60).take(slice(start, start + size)))
+            if part.tobytes() != together[start : start + size].tobytes():
+                raise AssertionError(
+                    "a note must depend on its impression alone, neither on those beside it nor on what was judged"
+                )
+    if metric.note([], _blank(0)).shape != (0,):
+        raise AssertionError("note must give no notes of no impressions")
 
 
 def _check_reference(
-    make: Callable[[], Metric], kind: str, reference: Callable[[Column, Column, Column], float], tolerance: float
+    make: Callable[[], Metric], kind: str, draw: Draw, reference: Callable[..., float], tolerance: float
 ) -> None:
     for seed in range(5):
-        labels, scores, weights = _entries(np.random.default_rng(100 + seed), 400)
+        columns = draw(np.random.default_rng(100 + seed), 400)
         metric = make()
-        metric.update(labels, scores, weights, kind)
-        expected = float(reference(labels, scores, weights))
-        _close(metric.compute(), expected, tolerance, "the value must be that of the reference")
+        _update(metric, columns, kind)
+        expected = float(reference(*columns))
+        if not _near(metric.compute(), expected, tolerance):
+            raise AssertionError(f"the value must be that of the reference: got {metric.compute()!r}, not {expected!r}")
 
 
-def _close(value: float, expected: float, tolerance: float, promise: str) -> None:
+def _close(metric: Metric, other: Metric, tolerance: float, promise: str) -> None:
+    values, expected = _values(metric), _values(other)
+    if sorted(values) != sorted(expected):
+        raise AssertionError(f"{promise}: got the values {sorted(values)}, expected {sorted(expected)}")
+    for name, value in values.items():
+        if not _near(value, expected[name], tolerance):
+            raise AssertionError(f"{promise}: got {value!r}, expected {expected[name]!r}")
+
+
+def _near(value: float, expected: float, tolerance: float) -> bool:
     both_nan = math.isnan(value) and math.isnan(expected)
-    if not both_nan and not math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance):
-        raise AssertionError(f"{promise}: got {value!r}, expected {expected!r}")
+    return both_nan or math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def _size(value: Any) -> int:

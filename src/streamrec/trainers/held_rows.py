@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 from streamrec.batch import Batch
+from streamrec.errors import ConfigError
 from streamrec.protocols import State
 
 __all__ = ["HeldRows"]
@@ -19,11 +20,12 @@ class HeldRows:
     """Rows of batches in common columns, each under a slot number until it is freed, with the score it was served.
 
     So that a row is encoded once, when its impression comes, and learned as it was then. Memory follows what is held:
-    freed space is used again.
+    freed space is used again. `notes`: the types of what else is kept of each row.
     """
 
-    def __init__(self, text_fields: int = 0) -> None:
+    def __init__(self, text_fields: int = 0, notes: Sequence[np.dtype[Any]] = ()) -> None:
         self._text_fields = text_fields
+        self._note_types = tuple(notes)
         self._clear()
 
     def _clear(self) -> None:
@@ -40,6 +42,8 @@ class HeldRows:
         """float64 `(slots,)`: the time of the impression of each."""
         self.draws: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
         """float64 `(slots,)`: a number in [0, 1) that its id drew, where non-clicks are sampled."""
+        self.notes: list[NDArray[Any]] = [np.zeros(512, dtype=kind) for kind in self._note_types]
+        """`(slots,)` each: what metrics have noted of each impression."""
         self._free: NDArray[np.int64] = np.arange(511, -1, -1, dtype=np.int64)  # a stack of slots
         self._free_count = 512
         self._texts: dict[str, int] = {}
@@ -119,6 +123,7 @@ class HeldRows:
             larger[:before] = column
             setattr(self, name, larger)
         self._starts[before:] = self._ends[before:] = 0
+        self.notes = [np.append(column, np.zeros(after - before, dtype=column.dtype)) for column in self.notes]
         free = np.empty(after, dtype=np.int64)
         new = after - before
         free[:new] = np.arange(after - 1, before - 1, -1)
@@ -126,7 +131,7 @@ class HeldRows:
         self._free, self._free_count = free, new + self._free_count
 
     def state_dict(self) -> State:
-        """The rows held, their slots and served scores."""
+        """The rows held, their slots, served scores and notes, of each note its bytes."""
         held = self._held()
         kept = self.batch.take(held).compact()
         return {
@@ -134,6 +139,7 @@ class HeldRows:
             "served": self.served[held],
             "times": self.times[held],
             "draws": self.draws[held],
+            "notes": [column[held].view(np.uint8).reshape(len(held), -1) for column in self.notes],
             "ids": kept.ids,
             "values": kept.values,
             "fields": kept.fields,
@@ -143,7 +149,10 @@ class HeldRows:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Hold what was held, under the same slots."""
+        """Hold what was held, under the same slots. Raises `ConfigError` where other notes were taken."""
+        lengths = [np.asarray(notes).shape[1:] for notes in state["notes"]]
+        if lengths != [(kind.itemsize,) for kind in self._note_types]:
+            raise ConfigError("the saved rows have notes for other metrics: give the metrics they were saved with")
         self._clear()
         held: Any = np.asarray(state["slots"])
         ends = np.cumsum(state["lengths"])
@@ -157,6 +166,8 @@ class HeldRows:
         self.add(batch, state["times"])
         self.served[held] = state["served"]
         self.draws[held] = state["draws"]
+        for column, notes in zip(self.notes, state["notes"], strict=True):
+            column[held] = np.ascontiguousarray(notes).view(column.dtype)[:, 0]
 
 
 @compiled()

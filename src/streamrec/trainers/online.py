@@ -34,7 +34,7 @@ from streamrec.trainers.plan import Plan, plan
 
 __all__ = ["OnlineTrainer"]
 
-FORMAT = 2
+FORMAT = 3
 """Of the checkpoints written here. Another one is refused."""
 
 
@@ -113,7 +113,7 @@ class OnlineTrainer:
         self._validate = Validate()
         self._encoder = Encoder(model.schema)
         self._nothing = self._encoder([])
-        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema))
+        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), self.validation.notes)
         self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
         joined = () if join is None else join.kinds
@@ -137,8 +137,14 @@ class OnlineTrainer:
         slots = self._rows.add(batch, batch.times)
         if self.negatives < 1:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
+        self._note(shown, batch, slots)
         self._rows.served[slots] = _served(self.model.predict(batch), shown)
         return slots
+
+    def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
+        """Keep what metrics want to know of these impressions when their labels come."""
+        for column, notes in zip(self._rows.notes, self.validation.note(shown, batch), strict=True):
+            column[slots] = notes
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -200,6 +206,8 @@ class OnlineTrainer:
         slots = self._rows.add(batch, batch.times) if shown else _NO_SLOTS
         if self.negatives < 1:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
+        if self._rows.notes and shown:
+            self._note(shown, batch, slots)
         kinds_here = dict(self._kinds)  # a copy: `Labeled` items may bring new kinds without end
         todo = self._plan(events, slots, kinds_here)
         self._counts["learned"] += todo.learned
@@ -217,6 +225,7 @@ class OnlineTrainer:
                 todo.judged_weights,
                 self._rows.times[todo.judged_rows],
                 names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
+                [column[todo.judged_rows] for column in self._rows.notes],
             )
         self._rows.free(todo.freed)
         scores: list[float] = found.tolist()
@@ -255,6 +264,7 @@ class OnlineTrainer:
                 weights[judged],
                 batch.times[judged],
                 first if one_kind else [kind for kind in kinds if kind],
+                [notes[judged] for notes in self.validation.note(shown, batch)],
             )
         scores: list[float] = found.tolist()
         return scores
