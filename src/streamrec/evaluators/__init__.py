@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from streamrec.evaluators.grouped import GAUC, NDCG, Coverage, Recall
 from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
+from streamrec.evaluators.off_policy import Estimate, doubly_robust, ips, snips
 from streamrec.evaluators.progressive import ProgressiveValidation, Window
 from streamrec.evaluators.report import Report
+from streamrec.evaluators.sequential import LossDifference
 from streamrec.evaluators.slices import Slices
 
 __all__ = [
@@ -16,11 +18,16 @@ __all__ = [
     "Calibration",
     "ConversionRate",
     "Coverage",
+    "Estimate",
     "LogLoss",
+    "LossDifference",
     "NormalizedEntropy",
     "ProgressiveValidation",
     "Recall",
     "Report",
     "Slices",
     "Window",
+    "doubly_robust",
+    "ips",
+    "snips",
 ]
