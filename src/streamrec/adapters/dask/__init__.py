@@ -1,4 +1,4 @@
-"""Dask: prepare an archive, judge a model and score a catalogue on a cluster of your own.
+"""Dask: prepare an archive, search for a model, judge it and score a catalogue on a cluster of your own.
 
 Every function takes your `distributed.Client`, starts no cluster and stops none. Needs Dask: `pip install
 "streamrec[dask]"`.
@@ -17,5 +17,23 @@ from streamrec.adapters.dask._cluster import ClusterError
 from streamrec.adapters.dask._evaluate import evaluate
 from streamrec.adapters.dask._prepare import prepare
 from streamrec.adapters.dask._score import User, score
+from streamrec.adapters.dask._search import Halving, search
+from streamrec.adapters.dask._space import Choice, OptunaPoints, RandomPoints, Real, Whole
+from streamrec.adapters.dask._trials import Trial, Trials
 
-__all__ = ["ClusterError", "User", "evaluate", "prepare", "score"]
+__all__ = [
+    "Choice",
+    "ClusterError",
+    "Halving",
+    "OptunaPoints",
+    "RandomPoints",
+    "Real",
+    "Trial",
+    "Trials",
+    "User",
+    "Whole",
+    "evaluate",
+    "prepare",
+    "score",
+    "search",
+]

@@ -16,7 +16,18 @@ from distributed.scheduler import KilledWorker
 
 from streamrec.errors import ConfigError, StreamrecError
 
-__all__ = ["ClusterError", "Task", "given", "once_a_worker", "require_client", "results"]
+__all__ = [
+    "ClusterError",
+    "DeadlyTask",
+    "Task",
+    "given",
+    "lost_scheduler",
+    "once_a_worker",
+    "require_client",
+    "results",
+    "submit",
+    "told",
+]
 
 T = TypeVar("T")
 
@@ -25,8 +36,13 @@ class ClusterError(StreamrecError):
     """The cluster did not do what it was asked for: its scheduler is lost, its workers die, or nothing moves on."""
 
 
+class DeadlyTask(ClusterError):
+    """Workers died again and again over one task."""
+
+
 class Task(NamedTuple):
-    """A call to be made on a worker. `key`: what the dashboard shows, before the dash.
+    """A call to be made on a worker. `key`: what the dashboard shows, before the dash. `pinned`: on no other than
+    `workers`, even when they are gone: then it waits for ever, and who asked must look after that.
 
     Where it runs twice, because a worker was lost, the second call does no harm: it writes files of its own names,
     which count only when the client says so.
@@ -36,6 +52,7 @@ class Task(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     workers: Sequence[str] | None = None
+    pinned: bool = False
 
 
 def require_client(client: Any) -> Client:
@@ -49,14 +66,14 @@ def require_client(client: Any) -> Client:
 
 def submit(client: Client, task: Task) -> Future[Any]:
     """Ask for one task."""
-    with _told(client):
+    with told(client):
         future: Future[Any] = client.submit(
             task.function,
             *task.arguments,
             key=f"{task.key}-{time.time_ns():x}-{id(task):x}",
             pure=False,
             workers=task.workers,
-            allow_other_workers=task.workers is not None,
+            allow_other_workers=task.workers is not None and not task.pinned,
         )
         return future
 
@@ -75,11 +92,14 @@ def _same(value: T) -> T:
     return value
 
 
-def results(client: Client, tasks: Sequence[Task], *, timeout: float, ahead: int = 0) -> Iterator[tuple[int, Any]]:
+def results(
+    client: Client, tasks: Sequence[Task], *, timeout: float, ahead: int = 0, deadly: bool = False
+) -> Iterator[tuple[int, Any]]:
     """The place and the result of each task, as they end. `timeout`: seconds in which at least one must end.
 
     `ahead`: how many are asked for at a time; 0: all. Raises what a task raised, and `ClusterError` where the cluster
-    fails; then nothing is left running.
+    fails; then nothing is left running. `deadly`: a task over which workers die is not such a failure; it has the
+    `DeadlyTask` for its result.
     """
     waiting = list(enumerate(tasks))[::-1]
     places: dict[Future[Any], int] = {}
@@ -89,7 +109,14 @@ def results(client: Client, tasks: Sequence[Task], *, timeout: float, ahead: int
                 place, task = waiting.pop()
                 places[submit(client, task)] = place
             for future in ended(client, list(places), timeout=timeout):
-                yield places.pop(future), result(client, future, timeout=timeout)
+                place = places.pop(future)
+                try:
+                    found = result(client, future, timeout=timeout)
+                except DeadlyTask as error:
+                    if not deadly:
+                        raise
+                    found = error
+                yield place, found
     finally:
         with suppress(Exception):  # the first error is the one to raise
             client.cancel(list(places), force=True)  # type: ignore[no-untyped-call]
@@ -99,7 +126,7 @@ def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> 
     """Those that have ended, one at least. Raises `ClusterError`."""
     deadline = time.monotonic() + timeout
     while True:
-        with _told(client):
+        with told(client):
             try:
                 done = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED").done  # type: ignore[no-untyped-call]
             except TimeoutError:
@@ -107,9 +134,9 @@ def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> 
         if done:
             return [future for future in futures if future in done]
         if client.status != "running":
-            raise _lost(client)
+            raise lost_scheduler(client)
         if time.monotonic() > deadline:
-            with _told(client):
+            with told(client):
                 workers = len(client.scheduler_info()["workers"])
             raise ClusterError(
                 f"no task has ended in {timeout:.0f} s, with {workers} workers; see what they do in the dashboard, add "
@@ -119,17 +146,17 @@ def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> 
 
 def result(client: Client, future: Future[Any], *, timeout: float) -> Any:
     """What a task that has ended returned; raises what it raised, or `ClusterError`."""
-    with _told(client):
+    with told(client):
         try:
             return future.result(timeout=timeout)
         except KilledWorker as error:
-            raise ClusterError(
+            raise DeadlyTask(
                 f"workers died again and again over one task ({error}); their logs say why: memory, most often. Give "
                 "them more, or make the parts smaller"
             ) from error
 
 
-class _told:
+class told:
     """What distributed raises when the scheduler is lost becomes a `ClusterError`."""
 
     def __init__(self, client: Client) -> None:
@@ -142,12 +169,12 @@ class _told:
         if isinstance(error, StreamrecError):
             return
         if isinstance(error, (CancelledError, CommClosedError, TimeoutError)):
-            raise _lost(self._client) from error
+            raise lost_scheduler(self._client) from error
         if isinstance(error, RuntimeError) and self._client.status != "running":
-            raise _lost(self._client) from error
+            raise lost_scheduler(self._client) from error
 
 
-def _lost(client: Client) -> ClusterError:
+def lost_scheduler(client: Client) -> ClusterError:
     return ClusterError(
         f"the scheduler is lost, or has given up what it was asked for (client {client.status}); start it, make a new "
         "Client and call again: what is in the store or in whole files is not lost"
