@@ -61,9 +61,9 @@ class Loader:
         self._make = make
         self._spare: _Spare | None = None
 
-    def whole(self) -> Serving | None:
-        """The newest version, in a model of its own; None where there is none."""
-        found = self._shelf.read()
+    def whole(self, number: int | None = None) -> Serving | None:
+        """A version, the newest if None, in a model of its own; None where there is none."""
+        found = self._shelf.read(number)
         if found is None:
             return None
         version, state = found

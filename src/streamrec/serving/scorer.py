@@ -1,4 +1,4 @@
-"""Scorer: the newest published version, read-only, in the service that shows the items."""
+"""Scorer: the version that is to be served, read-only, in the service that shows the items."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ __all__ = ["Scorer"]
 class Scorer:
     """Scores and ranks with the newest version in a store; `refresh` swaps a newer one in between two requests.
 
+    Where `store.served` was told to serve another version, by a rollback, say, it is that one.
+
     `model`: makes an empty model to load a version into. Only needed for a model of your own; an FM is built from what
     was published with it. Safe to call from several threads. Raises `StoreError` where nothing is published yet.
 
@@ -54,7 +56,7 @@ class Scorer:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()  # one at a time, so that a slow one brings no older version back
-        serving = self._loader.whole()
+        serving = self._loader.whole(self.store.served.pinned())
         if serving is None:
             raise StoreError(
                 f"nothing is published in {self.store.uri}: run a trainer on it first, or call its publish()"
@@ -78,18 +80,21 @@ class Scorer:
                 self._counts[problem.field] += times
 
     def refresh(self) -> bool:
-        """Serve the newest version from now on; true where that is another one than before.
+        """Serve the newest version from now on, or the one that `store.served` was told; true where that is another one
+        than before.
 
         Meanwhile requests see the old version; the catalogue's parts are computed for the new one first and swapped in
         with it. Where the store has it as changes of the one that is served, only they are read, and they go into a
         second model, which is kept for that: a scorer that follows a trainer holds its model twice.
         """
         with self._refreshing:
-            newest = self.store.versions.latest()
+            pinned = self.store.served.pinned()
             before = self._serving
-            if newest is None or newest.number == before.version.number:
+            newest = self.store.versions.latest() if pinned is None else None
+            number = pinned if newest is None else newest.number
+            if number is None or number == before.version.number:
                 return False
-            serving = self._loader.after(before)
+            serving = self._loader.after(before) if pinned is None else self._loader.whole(pinned)
             if serving is None or serving.version.number == before.version.number:
                 return False
             if before.catalogue is not None:
