@@ -126,7 +126,13 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where events come from, resumable at any event."""
+    """Where events come from, resumable at any event.
+
+    One that waits for events that have not happened yet may also have `wait(seconds) -> bool`: it waits until the next
+    `read` returns at once, with events or because there are none left, and is false where that has not come in so many
+    seconds. Nothing that a position tells is changed. `OnlineTrainer.run` calls it, so that nothing waits for an event
+    that should not: signals, and checkpoints that are due.
+    """
 
     def read(self, limit: int) -> list[Item]:
         """The next events, in order, at most `limit`; an empty list where there are none left.

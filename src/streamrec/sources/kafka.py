@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +13,7 @@ from typing_extensions import Self
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Decoded, Event, Feedback, Impression, Item, Labeled, Position, decode_event
 from streamrec.sources._kafka_link import Chunk, Link, Partition, Plan, letter
+from streamrec.sources._waiting import signalled
 
 __all__ = ["Kafka", "decode_message"]
 
@@ -164,8 +163,8 @@ class Kafka:
     def _take(self, link: Link, limit: int) -> list[Chunk]:
         if not self._plan.follow:
             return link.take(limit, None)
-        with _signalled() as signalled:
-            return link.take(limit, self._idle, lambda: self._closed.is_set() or signalled())
+        with signalled() as stopped:
+            return link.take(limit, self._idle, lambda: self._closed.is_set() or stopped())
 
     def position(self) -> Position:
         """`{topic: {partition: offset}}`, of the next message of each partition. Connects, if that has not been."""
@@ -244,31 +243,3 @@ def decode_message(
     if isinstance(event, _EVENTS):
         return event
     return letter(partition, offset, f"malformed: decode returned a {type(event).__name__}, which is no event", value)
-
-
-@contextmanager
-def _signalled() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGTERM or SIGINT has come since. Outside the main thread, where Python hears none: never.
-
-    The handlers run as they would have: this only listens.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    heard: list[int] = []
-
-    def look() -> bool:
-        with suppress(BlockingIOError):
-            heard.extend(ours.recv(4096))
-        return signal.SIGTERM in heard or signal.SIGINT in heard
-
-    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    try:
-        yield look
-    finally:
-        signal.set_wakeup_fd(before)
-        ours.close()
-        theirs.close()

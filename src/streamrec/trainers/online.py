@@ -38,6 +38,8 @@ FORMAT = 3
 """Of the checkpoints written here. Another one is refused."""
 
 
+_PATIENCE = 0.1  # seconds: how long a source that waits keeps `run` from hearing a signal, or from a checkpoint
+
 _USUAL = {Impression, Feedback}
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 _NO_SCORES = np.empty(0, dtype=np.float32)
@@ -298,9 +300,10 @@ class OnlineTrainer:
         """Learn from `source`, going on from the newest checkpoint of the store, until it ends or `limit` events
         are read.
 
-        SIGTERM and SIGINT end it between two micro-batches. At its end it cuts a checkpoint and publishes, if there is
-        a store and there was anything to read; an error of the source or the store ends it at once, when what is being
-        written has been. A progress bar is drawn where standard error is a terminal.
+        SIGTERM and SIGINT end it between two micro-batches, or while a source with `wait` has nothing; what is due is
+        saved then, too. At its end it cuts a checkpoint and publishes, if there is a store and there was anything to
+        read; an error of the source or the store ends it at once, when what is being written has been. A progress bar
+        is drawn where standard error is a terminal.
         """
         self._lap = self._clock()
         if not self._counts["events"]:
@@ -323,14 +326,18 @@ class OnlineTrainer:
     def _run(self, source: Source, limit: int | None) -> bool:
         """Learn from `source` and cut checkpoints on the way; true where a signal has ended it."""
         read = 0
+        wait = getattr(source, "wait", None)
         with stop_on_signals() as stop, tqdm(total=limit, unit=" events", unit_scale=True, disable=None) as bar:
             while not stop.is_set() and (limit is None or read < limit):
-                events = source.read(self.batch_size if limit is None else min(self.batch_size, limit - read))
-                if not events:
-                    break
-                self.push(events)
-                read += len(events)
-                bar.update(len(events))
+                if wait is None or wait(_PATIENCE):
+                    events = source.read(self.batch_size if limit is None else min(self.batch_size, limit - read))
+                    if not events:
+                        break
+                    self.push(events)
+                    read += len(events)
+                    bar.update(len(events))
+                elif self._counts["events"] == self._saved_events:
+                    continue  # nothing has come since the last one
                 if not self._writing() and self.checkpoint_due:
                     if self.background and not self._saver.prepared():
                         continue
