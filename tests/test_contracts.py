@@ -40,9 +40,20 @@ SHOWN = [one for one in events(24) if isinstance(one, sr.Impression)]
 BATCH = encode(SCHEMA, SHOWN).batch
 LABELS = np.array([n % 3 == 0 for n in range(len(SHOWN))], dtype=np.float32)
 
+
+def pushed(log: Path) -> sr.Push:
+    """A source over what was handed in to another one."""
+    if not log.exists():
+        with sr.Push(log=log, segment=2_000) as first:
+            for event in events():
+                first.put(event)
+    return sr.Push(log=log, idle=0.0)
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "Memory": lambda folder: sr.Memory(events()),
     "JsonLines": lambda folder: sr.JsonLines(folder / "*.jsonl"),
+    "Push": lambda folder: pushed(folder / "log"),
 }
 STAGES: dict[str, Callable[[], Stage]] = {
     "Dedup": lambda: sr.Dedup(ttl=60.0, capacity=20),
@@ -75,7 +86,9 @@ DATA = {
     *("Batch", "Candidate", "DeadLetter", "Feedback", "Id", "Ids", "Impression", "Labeled", "Number", "Ranked"),
     *("Report", "Schema", "Text"),
 }
-ERRORS = {"ConfigError", "DamagedError", "SchemaError", "SourceError", "StoreError", "StreamrecError"}
+ERRORS = {
+    *("ConfigError", "DamagedError", "FullError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
+}
 # What remembers in ways of its own, and the test that holds it to them.
 ELSEWHERE = {
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from streamrec.batch import Batch as Batch
     from streamrec.errors import ConfigError as ConfigError
     from streamrec.errors import DamagedError as DamagedError
+    from streamrec.errors import FullError as FullError
     from streamrec.errors import SchemaError as SchemaError
     from streamrec.errors import SourceError as SourceError
     from streamrec.errors import StoreError as StoreError
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from streamrec.serving import Scorer as Scorer
     from streamrec.sources import JsonLines as JsonLines
     from streamrec.sources import Memory as Memory
+    from streamrec.sources import Push as Push
     from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
     from streamrec.trainers import BatchTrainer as BatchTrainer
@@ -59,7 +61,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "batch": ("Batch",),
-    "errors": ("ConfigError", "DamagedError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
+    "errors": (
+        "ConfigError",
+        "DamagedError",
+        "FullError",
+        "SchemaError",
+        "SourceError",
+        "StoreError",
+        "StreamrecError",
+    ),
     "evaluators": (
         "AUC",
         "CTR",
@@ -79,7 +89,7 @@ _HOME = {
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
-    "sources": ("JsonLines", "Memory"),
+    "sources": ("JsonLines", "Memory", "Push"),
     "storage": ("EncodedRows", "Store"),
     "trainers": ("BatchTrainer", "JoinedEvents", "OnlineTrainer"),
 }

@@ -3,6 +3,7 @@
     StreamrecError
     ├── ConfigError (ValueError)       an argument that cannot work
     │   └── SchemaError                fields that clash, or that differ from what was saved
+    ├── FullError                      a queue has no room: try again later; over HTTP, a 503 or a 429
     ├── SourceError (OSError)          events cannot be read at all: no such file, a position not in the source
     └── StoreError (OSError)           a version cannot be written, or none can be read
         └── DamagedError               what was read is not what was written
@@ -15,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "DamagedError",
+    "FullError",
     "SchemaError",
     "SourceError",
     "StoreError",
@@ -32,6 +34,10 @@ class ConfigError(StreamrecError, ValueError):
 
 class SchemaError(ConfigError):
     """Fields that clash with one another, or that differ from those of what was saved."""
+
+
+class FullError(StreamrecError):
+    """A queue has no room for these events: try again later. Over HTTP, a 503 or a 429."""
 
 
 class SourceError(StreamrecError, OSError):

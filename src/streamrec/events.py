@@ -23,6 +23,7 @@ __all__ = [
     "decode_event",
     "decode_lines",
     "encode_event",
+    "encode_lines",
 ]
 
 Position = Mapping[str, Any]
@@ -127,3 +128,8 @@ def encode_event(event: Item) -> bytes:
     b'{"type":"feedback","id":"f1","impression_id":"i1","time":12.5,"kind":"click","value":null}'
     """
     return _encoder.encode(event)
+
+
+def encode_lines(events: Sequence[Item]) -> bytes:
+    """Write events in their default JSON form, each with a newline behind it."""
+    return _encoder.encode_lines(events)

@@ -132,6 +132,9 @@ class Source(Protocol):
     `read` returns at once, with events or because there are none left, and is false where that has not come in so many
     seconds. Nothing that a position tells is changed. `OnlineTrainer.run` calls it, so that nothing waits for an event
     that should not: signals, and checkpoints that are due.
+
+    One that keeps events until they are learned may have `release(position) -> None`: nobody will seek to what lies
+    before it any more. `OnlineTrainer.run` calls it with the position of the oldest checkpoint that its store keeps.
     """
 
     def read(self, limit: int) -> list[Item]:

@@ -41,6 +41,19 @@ def test_service() -> None:
     assert "goes on from {'offset': 30000}" in told
 
 
+def test_asgi() -> None:
+    pytest.importorskip("uvicorn")
+    told = run("asgi.py").splitlines()
+    accepted = [int(line.split()[-2].replace(",", "")) for line in told if line.startswith("Process")]
+    assert [line.split(";")[0] for line in told if line.startswith("Process")] == [
+        f"Process {number}: 40 answers 202, 1 answers 400" for number in (1, 2)
+    ]
+    events = next(line.split()[-1] for line in told if line.startswith("events"))
+    assert int(events.replace(",", "")) == sum(accepted)  # all that was accepted was learned from, over a restart
+    assert next(line for line in told if line.startswith("u2")).index("kahlo-7") < told[-2].index("klee-7")
+    assert told[-1].endswith("[202, 503, 503] {'accepted': 30, 'dropped': 0, 'refused': 60}")
+
+
 def test_archive() -> None:
     pytest.importorskip("distributed")
     told = run("archive.py")

@@ -3,5 +3,6 @@
 from streamrec.sources.json_lines import JsonLines
 from streamrec.sources.kafka import Kafka
 from streamrec.sources.memory import Memory
+from streamrec.sources.push import Push
 
-__all__ = ["JsonLines", "Kafka", "Memory"]
+__all__ = ["JsonLines", "Kafka", "Memory", "Push"]

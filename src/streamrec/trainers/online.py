@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -127,6 +127,9 @@ class OnlineTrainer:
         self._saver = Saver(model)
         self._saved_events = 0
         self._saved_time = clock()
+        self._source: Source | None = None  # of the positions below
+        self._behind: Position | None = None  # of the checkpoint that is being written
+        self._durable: deque[Position] = deque(maxlen=1 if self.store is None else self.store.keep)  # the newest last
         self._take_over()
 
     def _take_over(self) -> None:
@@ -306,6 +309,9 @@ class OnlineTrainer:
         is drawn where standard error is a terminal.
         """
         self._lap = self._clock()
+        if source is not self._source:
+            self._source = source
+            self._durable.clear()
         if not self._counts["events"]:
             position = self.resume()
             if position is not None:
@@ -321,6 +327,7 @@ class OnlineTrainer:
         if self.store is not None and self._counts["events"] > self._saved_events:
             self.checkpoint(source.position())
             self._take_lap()
+        self._release(source)
         return self.report(interrupted=interrupted)
 
     def _run(self, source: Source, limit: int | None) -> bool:
@@ -342,6 +349,7 @@ class OnlineTrainer:
                     if self.background and not self._saver.prepared():
                         continue
                     self._take_lap()
+                    self._release(source)
                     if self.background:
                         self._checkpoint_behind(source.position())
                     else:
@@ -388,6 +396,8 @@ class OnlineTrainer:
         version = self._write(store, *self._cut(position))
         self._saved_events = self._counts["events"]
         self._saved_time = self._clock()
+        if position is not None:
+            self._durable.append(position)
         return version
 
     def _checkpoint_behind(self, position: Position) -> None:
@@ -395,23 +405,39 @@ class OnlineTrainer:
         store, cuts = self._require_store(), self._cut(position)
         self._saved_events = self._counts["events"]
         self._saved_time = self._clock()
+        self._behind = position
         self._saver.start(lambda: self._write(store, *cuts))
 
     def _writing(self) -> bool:
         """Whether a checkpoint is being written. Raises what went wrong with the last one."""
         try:
-            return self._saver.busy
+            busy = self._saver.busy
         except BaseException:
-            self._saved_events = 0  # nothing is known to be saved
+            self._saved_events, self._behind = 0, None  # nothing is known to be saved
             raise
+        if not busy:
+            self._note_durable()
+        return busy
 
     def _written(self) -> None:
         """Wait for the checkpoint that is being written. Raises what went wrong with it."""
         try:
             self._saver.finish()
         except BaseException:
-            self._saved_events = 0
+            self._saved_events, self._behind = 0, None
             raise
+        self._note_durable()
+
+    def _note_durable(self) -> None:
+        if self._behind is not None:
+            self._durable.append(self._behind)
+            self._behind = None
+
+    def _release(self, source: Any) -> None:
+        """Tell the source what it need not keep: what lies before the oldest of as many checkpoints as the store
+        keeps."""
+        if len(self._durable) == self._durable.maxlen and hasattr(source, "release"):
+            source.release(self._durable[0])
 
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies."""
