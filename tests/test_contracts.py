@@ -94,6 +94,7 @@ ELSEWHERE = {
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",
     "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",
     "EncodedRows": "trainers/test_batch_trainer.py::test_encoded_rows_are_as_written",
+    "Gate": "trainers/test_gate.py::test_a_run_that_broke_decides_what_it_would_have",
     "JoinedEvents": "trainers/test_batch_trainer.py::test_batch_first_then_stream_equals_the_stream",
     "OnlineTrainer": "trainers/test_online.py::test_a_trainer_that_loads_a_state_goes_on_as_the_first",
     "Scorer": "serving/test_scorer.py::test_scores_are_those_of_the_trainer_s_model",

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
     from streamrec.trainers import BatchTrainer as BatchTrainer
+    from streamrec.trainers import Gate as Gate
     from streamrec.trainers import JoinedEvents as JoinedEvents
     from streamrec.trainers import OnlineTrainer as OnlineTrainer
 
@@ -91,7 +92,7 @@ _HOME = {
     "serving": ("Candidate", "Ranked", "Scorer"),
     "sources": ("JsonLines", "Memory", "Push"),
     "storage": ("EncodedRows", "Store"),
-    "trainers": ("BatchTrainer", "JoinedEvents", "OnlineTrainer"),
+    "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
 

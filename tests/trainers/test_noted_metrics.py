@@ -81,6 +81,12 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     assert first_difference(*waiting) is None
 
 
+def test_a_checkpoint_while_nothing_waits(tmp_path: Path) -> None:
+    labeled = [event for event in events() if isinstance(event, sr.Labeled)]
+    trainer(tmp_path).run(sr.Memory(labeled))
+    assert trainer(tmp_path).resume() is not None
+
+
 def test_notes_of_other_metrics_are_refused(tmp_path: Path) -> None:
     trainer(tmp_path).run(sr.Memory(events()))
     with pytest.raises(sr.ConfigError, match="metrics"):

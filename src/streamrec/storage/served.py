@@ -84,19 +84,29 @@ class Served:
         """Serve the newest version from now on."""
         return self._decide(None, why)
 
+    def challenge(self, version: int) -> Decision:
+        """Say that a version is tried against the one that is served: it stays in the store until the next decision."""
+        return self._decide(self.pinned(), f"version {version} is tried against it", challenger=version)
+
+    def note(self, why: str) -> Decision:
+        """Write something into the history; what is served stays."""
+        return self._decide(self.pinned(), why)
+
     def history(self) -> list[Decision]:
         """All decisions kept, the newest last: a thousand of them."""
         return [Decision(one.info["version"], one.info["why"], one.created) for one in self._decisions.list()]
 
     def needed(self) -> set[int]:
-        """Versions that must not be removed: the one decided for, and the one before that."""
+        """Versions that must not be removed: the one decided for, the one before that, and one that is tried."""
         latest = self._decisions.latest()
-        named = [] if latest is None else [latest.info["version"], latest.info["before"]]
+        named = [] if latest is None else [latest.info[name] for name in ("version", "before", "challenger")]
         return {version for version in named if version is not None}
 
-    def _decide(self, version: int | None, why: str) -> Decision:
+    def _decide(self, version: int | None, why: str, challenger: int | None = None) -> Decision:
         if not isinstance(why, str) or not why.strip():
             raise ConfigError(f"why must say why, for the history, got {why!r}")
-        before = self.version()
-        written = self._decisions.write({}, {"version": version, "why": why, "before": before})
-        return Decision(version, why, written.created)
+        latest = self._decisions.latest()
+        unchanged = latest is not None and latest.info["version"] == version
+        before = latest.info["before"] if latest is not None and unchanged else self.version()
+        info = {"version": version, "why": why, "before": before, "challenger": challenger}
+        return Decision(version, why, self._decisions.write({}, info).created)

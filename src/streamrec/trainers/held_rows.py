@@ -139,7 +139,7 @@ class HeldRows:
             "served": self.served[held],
             "times": self.times[held],
             "draws": self.draws[held],
-            "notes": [column[held].view(np.uint8).reshape(len(held), -1) for column in self.notes],
+            "notes": [column[held].view(np.uint8).reshape(len(held), column.dtype.itemsize) for column in self.notes],
             "ids": kept.ids,
             "values": kept.values,
             "fields": kept.fields,

@@ -28,6 +28,7 @@ from streamrec.storage import Store, Version
 from streamrec.trainers._saved import description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
+from streamrec.trainers.gate import Gate
 from streamrec.trainers.held_rows import HeldRows
 from streamrec.trainers.in_order import InOrder
 from streamrec.trainers.plan import Plan, plan
@@ -63,7 +64,7 @@ class OnlineTrainer:
     are cut; one that is due while the one before is being written is cut as soon as that is done. False: the stream
     waits until they are written. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks to
     learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
-    judge all of them.
+    judge all of them. `gate`: tries each version before it is served.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -89,6 +90,7 @@ class OnlineTrainer:
         target: str = "click",
         negatives: float = 1.0,
         dead_letters: DeadLetters | None = None,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
@@ -115,7 +117,13 @@ class OnlineTrainer:
         self._validate = Validate()
         self._encoder = Encoder(model.schema)
         self._nothing = self._encoder([])
-        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), self.validation.notes)
+        self.gate = gate
+        if gate is not None:
+            if not (hasattr(model, "config") and hasattr(model, "from_config")):
+                raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
+            gate.attach(self._require_store(), self._published)
+        notes = self.validation.notes if gate is None else [*self.validation.notes, gate.notes]
+        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), notes)
         self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
         joined = () if join is None else join.kinds
@@ -147,9 +155,32 @@ class OnlineTrainer:
         return slots
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
-        """Keep what metrics want to know of these impressions when their labels come."""
-        for column, notes in zip(self._rows.notes, self.validation.note(shown, batch), strict=True):
+        """Keep what metrics and the gate want to know of these impressions when their labels come."""
+        for column, notes in zip(self._rows.notes, self._notes(shown, batch), strict=True):
             column[slots] = notes
+
+    def _notes(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
+        notes = self.validation.note(shown, batch)
+        return notes if self.gate is None else [*notes, self.gate.note(batch)]
+
+    def _judge(
+        self,
+        labels: NDArray[np.float32],
+        served: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        times: NDArray[np.float64],
+        kinds: str | list[str],
+        notes: list[NDArray[Any]],
+    ) -> None:
+        """Give labels to the metrics, and those of the target to the gate."""
+        if self.gate is not None:
+            *notes, compared = notes
+            if isinstance(kinds, list):
+                wanted = np.array([kind == self.target for kind in kinds])
+                self.gate.update(labels[wanted], compared[wanted])
+            elif kinds == self.target:
+                self.gate.update(labels, compared)
+        self.validation.update(labels, served, weights, times, kinds, notes)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +255,7 @@ class OnlineTrainer:
         if len(todo.judged_rows):
             which = todo.judged_kinds
             names = list(kinds_here)
-            self.validation.update(
+            self._judge(
                 todo.judged_labels,
                 self._rows.served[todo.judged_rows],
                 todo.judged_weights,
@@ -263,13 +294,13 @@ class OnlineTrainer:
         served = _served(found, shown)
         judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
-            self.validation.update(
+            self._judge(
                 labels[judged],
                 served[judged],
                 weights[judged],
                 batch.times[judged],
                 first if one_kind else [kind for kind in kinds if kind],
-                [notes[judged] for notes in self.validation.note(shown, batch)],
+                [notes[judged] for notes in self._notes(shown, batch)],
             )
         scores: list[float] = found.tolist()
         return scores
@@ -382,10 +413,11 @@ class OnlineTrainer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether `checkpoint_every` events or `checkpoint_seconds` have passed since the last one, and there is a
-        store."""
+        """Whether there is a store, and `checkpoint_every` events or `checkpoint_seconds` have passed since the last
+        one, or the gate has something to decide."""
         return self.store is not None and (
-            self._counts["events"] - self._saved_events >= self.checkpoint_every
+            (self.gate is not None and self.gate.due)
+            or self._counts["events"] - self._saved_events >= self.checkpoint_every
             or self._clock() - self._saved_time >= self.checkpoint_seconds
         )
 
@@ -440,7 +472,9 @@ class OnlineTrainer:
             source.release(self._durable[0])
 
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
-        """What is to be published and what is to be saved, at one instant: copies."""
+        """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
+        if self.gate is not None:
+            self.gate.decide()
         model, base, copied = self._saver.cut(published=False)
         info = {"model": description(self.model), "metrics": plain(self.validation.compute())}
         state = {**self._state(model), "position": position}
@@ -526,6 +560,7 @@ class OnlineTrainer:
             ],
             "metrics": self.validation.state_dict(),
             "dead_letters": self.dead_letters.state_dict(),
+            "gate": None if self.gate is None else self.gate.state_dict(),
             "counts": dict(self._counts),
             "seconds": self._seconds,
         }
@@ -546,10 +581,19 @@ class OnlineTrainer:
             stage.load_state_dict(saved["state"])
         self.validation.load_state_dict(state["metrics"])
         self.dead_letters.load_state_dict(state["dead_letters"])
+        if self.gate is not None:
+            self.gate.load_state_dict(state["gate"])
         self._counts = Counter(state["counts"])
         self._seconds = state["seconds"]
         self._saved_events = self._counts["events"]
         self._saved_time = self._clock()
+
+    def _published(self, number: int) -> Model:
+        """The model of a version that this trainer has published. Raises `StoreError`."""
+        version, state = self._require_store().versions.read(number)  # type: ignore[misc]  # it raises instead
+        model: Model = type(self.model).from_config(version.info["model"]["config"])  # type: ignore[attr-defined]
+        model.load_state_dict(state["model"])
+        return model
 
     def _require_store(self) -> Store:
         if self.store is None:
