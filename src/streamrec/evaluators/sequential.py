@@ -22,6 +22,7 @@ __all__ = ["LossDifference", "radius"]
 
 # Of the stitched boundary: each epoch of variance is twice the one before, and their errors sum to one by ζ(1.4).
 _ETA, _POWER, _ZETA = 2.0, 1.4, 3.1055472779775815
+_SHARP = 25.0  # in squares of the span: where the boundary begins to be sharp; less variance counts as so much
 _K1 = (_ETA**0.25 + _ETA**-0.25) / math.sqrt(2.0)
 _K2 = (math.sqrt(_ETA) + 1.0) / 2.0
 
@@ -34,9 +35,9 @@ def radius(variance: float, span: float, alpha: float) -> float:
     the range the differences lie in. It needs no independence and no equal means.
 
     >>> round(radius(variance=100.0, span=2.0, alpha=0.025), 1)
-    59.9
+    45.2
     """
-    begin = span * span  # variance below it is not told apart from it
+    begin = _SHARP * span * span
     v = max(variance, begin)
     log = _POWER * math.log(math.log(_ETA * v / begin) / math.log(_ETA)) + math.log(_ZETA / alpha)
     return math.sqrt(_K1**2 * v * log + (_K2 * span * log) ** 2) + _K2 * span * log
@@ -45,7 +46,8 @@ def radius(variance: float, span: float, alpha: float) -> float:
 class LossDifference:
     """The mean log loss of one model less that of another on the same events, with an interval that holds at all times.
 
-    Each event's difference is cut to ±`bound` nats, so that no single event decides. `interval` is of the mean, over
+    Each event's difference is cut to ±`bound` nats, so that no single event decides. A small bound cuts more from
+    clicks than from the rest, and the mean is another one then: see docs/judging.md. `interval` is of the mean, over
     the events so far, of what the cut difference could be expected to be at each; it need not be the same at all.
 
     >>> difference = LossDifference()
