@@ -98,6 +98,8 @@ ELSEWHERE = {
     "JoinedEvents": "trainers/test_batch_trainer.py::test_batch_first_then_stream_equals_the_stream",
     "OnlineTrainer": "trainers/test_online.py::test_a_trainer_that_loads_a_state_goes_on_as_the_first",
     "Scorer": "serving/test_scorer.py::test_scores_are_those_of_the_trainer_s_model",
+    "TextCache": "models/test_text_cache.py::test_a_text_has_one_vector_whatever_was_asked_before",
+    "TextEncoder": "models/test_text_encoder.py::test_a_text_has_one_vector_whatever_it_comes_with",
     "Store": "storage/test_store_crash.py::test_",
 }
 COVERED = [SOURCES, STAGES, MODELS, METRICS, DATA, ERRORS, ELSEWHERE]

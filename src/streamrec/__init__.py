@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from streamrec.models import SGD as SGD
     from streamrec.models import Adagrad as Adagrad
     from streamrec.models import Adam as Adam
+    from streamrec.models import TextCache as TextCache
+    from streamrec.models import TextEncoder as TextEncoder
     from streamrec.preprocessors import DeadLetters as DeadLetters
     from streamrec.preprocessors import Dedup as Dedup
     from streamrec.preprocessors import Filter as Filter
@@ -86,7 +88,7 @@ _HOME = {
         "Slices",
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
-    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam"),
+    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "TextCache", "TextEncoder"),
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
