@@ -26,7 +26,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 texts = st.lists(st.sampled_from([*WORDS, *CHINESE, "xyz", "3", "!"]), max_size=6).map(" ".join)
 
 
-@settings(max_examples=50)
+@settings(max_examples=10)
 @given(st.lists(st.lists(texts, max_size=8), max_size=8))
 def test_a_text_has_one_vector_whatever_was_asked_before(encoder: TextEncoder, calls: list[list[str]]) -> None:
     cache = TextCache(encoder, max_bytes=1 << 16)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,12 @@ class TextEncoder:
     "none": `states` only. `prefix` is put before every text, as E5 wants ("query: "). Texts are cut at `max_tokens`,
     those of prefix and special tokens among them; None: 128, or what the model has positions for. `precision`:
     "float32", or "bfloat16" for processors that have it. `compile`: by torch.compile, which takes most of a minute.
-    `threads`: torch's while it embeds; None leaves them as they are. `batch_tokens`: tokens computed at once.
+    `threads`: how many batches of `batch_tokens` tokens are computed at a time, each of them by one thread.
 
     **A text's vector does not depend on the texts it comes with**: `embed([a, b])` is `embed([a])` and `embed([b])`,
-    bit for bit, on one machine with one number of threads. So texts are computed with others of exactly their number
-    of tokens, without padding, and never fewer than 16 tokens at a time. In float32 they are what transformers gives
-    for a padded batch, to 1e-5.
+    bit for bit, on one machine. So texts are computed with others of exactly their number of tokens, without padding,
+    never fewer than 16 tokens at a time, and each product by one thread, for two would share it out by its size. In
+    float32 they are what transformers gives for a padded batch, to 1e-5.
 
     No text at all, an empty one and one of white space have the zero vector, as has one of which the tokenizer keeps
     nothing. Texts are read as `normalised` gives them, 32 characters at most for each of `max_tokens`.
@@ -81,7 +82,7 @@ class TextEncoder:
         max_tokens: int | None = None,
         precision: str = "float32",
         compile: bool = False,
-        threads: int | None = None,
+        threads: int = 1,
         batch_tokens: int = 4096,
     ) -> None:
         if pooling not in POOLINGS:
@@ -91,33 +92,39 @@ class TextEncoder:
         asked = (
             ("max_tokens", USUAL_TOKENS if max_tokens is None else max_tokens, 3),
             ("batch_tokens", batch_tokens, FEWEST_ROWS),
+            ("threads", threads, 1),
         )
         for name, value, least in asked:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of {least} at least, got {value!r}")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads must be None or 1 at least, got {threads!r}")
         self.model = os.fspath(model)
         self.pooling, self.prefix = pooling, prefix
         self.precision, self.compile, self.threads, self.batch_tokens = precision, compile, threads, batch_tokens
-        self.module: torch.nn.Module
+        self._module: torch.nn.Module
         with _text_files.local(model) as folder:
-            self.module, self.tokenizer, self.ignored_weights = _text_files.load(folder, self.model)
-        self.module.requires_grad_(False)
-        most = _text_files.most_tokens(self.module.config)
+            self._module, self.tokenizer, self.ignored_weights = _text_files.load(folder, self.model)
+        self._module.requires_grad_(False)
+        most = _text_files.most_tokens(self._module.config)
         if max_tokens is not None and max_tokens > most:
             raise ConfigError(f"max_tokens must be {most} at most, the positions of {self.model}, got {max_tokens}")
         self.max_tokens = max_tokens or min(USUAL_TOKENS, most)
-        _text_files.require_fit(self.module, self.tokenizer, self.model)
-        self.hidden = int(self.module.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        _text_files.require_fit(self._module, self.tokenizer, self.model)
+        self.hidden = int(self._module.config.hidden_size)  # type: ignore[union-attr,arg-type]
         self._special = len(self.tokenizer("", add_special_tokens=True)["input_ids"])
-        self._run: Any = self.module
+        self._run: Any = self._module
         if compile:
             import torch
 
-            self._run = torch.compile(self.module, dynamic=True)
-        self._seen: tuple[int, ...] = ()
+            self._run = torch.compile(self._module, dynamic=True)
+        self._lent = False
+        self._seen: tuple[Any, ...] = ()
         self._version = ""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, for those who train it: from the first look at it on, `version` looks at every weight."""
+        self._lent = True
+        return self._module
 
     def embed(self, texts: Sequence[str | None]) -> NDArray[np.float32]:
         """float32 `(n, hidden)`: the texts' vectors. Each distinct text is computed once."""
@@ -125,7 +132,8 @@ class TextEncoder:
             raise ConfigError('an encoder with pooling="none" has no vector for a text: use states, or pooling="mean"')
         found = np.zeros((len(texts), self.hidden), dtype=np.float32)
         for places, states in self._computed(texts):
-            pooled = states[:, 0] if self.pooling == "cls" else states.mean(1)
+            with _one_thread():
+                pooled = states[:, 0] if self.pooling == "cls" else states.mean(1)
             vectors = pooled.float().cpu().numpy()
             for vector, at in zip(vectors, places, strict=True):
                 found[at] = vector
@@ -142,10 +150,11 @@ class TextEncoder:
 
     def tokens(self, texts: Sequence[str | None]) -> list[list[int]]:
         """The tokens of each text, prefix and special tokens among them; none where there is nothing to read."""
-        return self._tokens([normalised(text[: self._longest]) if text else "" for text in texts])
+        return self._tokens([normalised(text[: self.longest]) if text else "" for text in texts])
 
     @property
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """How many characters of a text are read."""
         return CHARACTERS * self.max_tokens
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,7 +177,7 @@ class TextEncoder:
         places: dict[str, list[int]] = {}
         for n, text in enumerate(texts):
             if text:
-                places.setdefault(normalised(text[: self._longest]), []).append(n)
+                places.setdefault(normalised(text[: self.longest]), []).append(n)
         places.pop("", None)
         distinct = list(places)
         tokens = self._tokens(distinct)
@@ -176,25 +185,43 @@ class TextEncoder:
         for n, ids in enumerate(tokens):
             if ids:
                 groups.setdefault(len(ids), []).append(n)
-        device = next(self.module.parameters()).device
-        with _threads(self.threads), torch.inference_mode(), _text_files.inside(self.precision, device.type):
-            for length in sorted(groups):
-                most, least = max(self.batch_tokens // length, 1), -(-FEWEST_ROWS // length)
-                group = groups[length]
-                for start in range(0, len(group), most):
-                    part = group[start : start + most]
-                    rows = [tokens[n] for n in part]
-                    rows += rows[-1:] * (least - len(rows))  # the same product as if there were more
-                    states = self._run(input_ids=torch.tensor(rows, device=device)).last_hidden_state
-                    yield [places[distinct[n]] for n in part], states[: len(part)]
+        device = next(self._module.parameters()).device
+        parts: list[tuple[list[int], torch.Tensor]] = []
+        for length in sorted(groups):
+            most, least = max(self.batch_tokens // length, 1), -(-FEWEST_ROWS // length)
+            for start in range(0, len(groups[length]), most):
+                part = groups[length][start : start + most]
+                rows = [tokens[n] for n in part]
+                rows += rows[-1:] * (least - len(rows))  # the same product as if there were more
+                parts.append((part, torch.tensor(rows, device=device)))
+        for (part, _), states in zip(parts, self._run_all([ids for _, ids in parts]), strict=True):
+            yield [places[distinct[n]] for n in part], states[: len(part)]
+
+    def _run_all(self, batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        if self.threads == 1 or len(batches) < 2:
+            yield from map(self._run_one, batches)
+            return
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="streamrec-text") as pool:
+            yield from pool.map(self._run_one, batches)
+
+    def _run_one(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last layer, (n, tokens, hidden)."""
+        import torch
+
+        with _one_thread(), torch.inference_mode(), _text_files.inside(self.precision, ids.device.type):
+            states: torch.Tensor = self._run(input_ids=ids).last_hidden_state
+            return states
 
     @property
     def version(self) -> str:
         """A digest of all that a text's vector depends on but the machine: 32 hexadecimal digits.
 
-        It is made again when weights have been changed in place by torch's own operations (not through `.data`).
+        It is made again when weights of `module` have been changed in place by torch's own operations (not through
+        `.data`), or when others have taken their place.
         """
-        seen = tuple(weight._version for weight in self.module.state_dict().values())
+        if self._version and not self._lent:
+            return self._version
+        seen = tuple((name, weight._version) for name, weight in self._module.state_dict().items())
         if seen != self._seen or not self._version:
             self._version, self._seen = self._digest(), seen
         return self._version
@@ -210,7 +237,7 @@ class TextEncoder:
             "tokenizer": self._tokenizer_text(),
         }
         digest.update(json.dumps(made, sort_keys=True).encode())
-        for name, weight in sorted(self.module.state_dict().items()):
+        for name, weight in sorted(self._module.state_dict().items()):
             array = weight.detach().cpu().contiguous().view(-1)
             digest.update(f"{name} {array.dtype} {tuple(weight.shape)}".encode())
             digest.update(array.float().numpy().tobytes() if array.dtype.itemsize == 2 else array.numpy().data)
@@ -242,7 +269,7 @@ class TextEncoder:
         """Write model (safetensors) and tokenizer, which plain transformers reads, and these settings beside them."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        self.module.save_pretrained(path)  # type: ignore[operator]
+        self._module.save_pretrained(path)  # type: ignore[operator]
         self.tokenizer.save_pretrained(path)
         (path / SETTINGS).write_text(json.dumps(self._settings(), indent=2) + "\n", encoding="utf-8")
 
@@ -262,15 +289,15 @@ class TextEncoder:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """torch on so many threads, inside; as before, after."""
+def _one_thread() -> Iterator[None]:
+    """torch on one thread, in this thread of Python and inside; as before, after."""
     import torch
 
     before = torch.get_num_threads()
-    if threads is None or threads == before:
+    if before == 1:
         yield
         return
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
