@@ -6,7 +6,7 @@ their own impression make a cycle. Times are POSIX seconds in UTC, float64: even
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Union
 
 import msgspec
@@ -19,11 +19,13 @@ __all__ = [
     "Impression",
     "Item",
     "Labeled",
+    "Placed",
     "Position",
     "decode_event",
     "decode_lines",
     "encode_event",
     "encode_lines",
+    "place_of",
 ]
 
 Position = Mapping[str, Any]
@@ -83,7 +85,29 @@ Event = Union[Impression, Feedback, Labeled]
 Item = Union[Impression, Feedback, Labeled, DeadLetter]
 
 
-class Decoded(list[Item]):
+class Placed(list[Item]):
+    """Items that know where each one stood in its source: what a source's `read` may return instead of a plain list.
+
+    `place(index)`: the position of the item with this index. What is refused later, because it cannot be used, is kept
+    with it; without, by its number in the stream.
+
+    >>> click = Feedback(id="f1", impression_id="i1", time=12.5)
+    >>> place_of(Placed([click], place=lambda index: {"topic": "clicks", "offset": 40 + index}), 0)
+    {'topic': 'clicks', 'offset': 40}
+    """
+
+    def __init__(self, items: Iterable[Item] = (), place: Callable[[int], Position] | None = None) -> None:
+        super().__init__(items)
+        self.place = place
+
+
+def place_of(items: Sequence[Item], index: int) -> Position | None:
+    """Where the item with this index stood in its source; None where the source has not said."""
+    place = getattr(items, "place", None)
+    return None if place is None else place(index)
+
+
+class Decoded(Placed):
     """Events of the default JSON form as msgspec has read them, no dead letter among them.
 
     So every field is of the very type declared, strings are valid Unicode, and numbers finite: `Validate` need not look

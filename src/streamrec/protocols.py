@@ -140,7 +140,8 @@ class Source(Protocol):
     def read(self, limit: int) -> list[Item]:
         """The next events, in order, at most `limit`; an empty list where there are none left.
 
-        What cannot be decoded is a `DeadLetter` in its place.
+        What cannot be decoded is a `DeadLetter` in its place. A `streamrec.events.Placed` list also says where each
+        item stood, for what is refused later.
         """
         ...
 

@@ -23,7 +23,7 @@ pytest.importorskip("faust")
 import faust
 
 import streamrec as sr
-from streamrec.adapters.faust import score, train
+from streamrec.adapters.faust import join, score, train
 from streamrec.errors import ConfigError
 from streamrec.events import decode_event, encode_event
 from streamrec.testing._state import first_difference
@@ -70,6 +70,15 @@ def worker(tansu: str, tmp_path: Path) -> Iterator[Worker]:
             one.wait()
 
 
+def make_app(broker: str, folder: Path, **settings: Any) -> Any:
+    """An app to be run in the test's own process."""
+    return faust.App(
+        f"app-{folder.name}", broker=f"kafka://{broker}", store="memory://", datadir=str(folder / "data"),
+        web_enabled=False, broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
+        **settings,
+    )  # fmt: skip
+
+
 def saved(store: Path) -> dict[str, Any]:
     found = sr.Store(store).checkpoints.read()
     return {} if found is None else found[1]
@@ -104,7 +113,10 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
     good = labeled(total, partitions)
     values = list(good)
     poisoned = partitions // 2
-    values[50:50] = [(poisoned, b'{"type": '), (poisoned, b"x" * 900_000)]
+    # what cannot be read, what is large, and what can be read but is no event: its time is in milliseconds
+    refused = encode_event(sr.Labeled(sr.Impression("late", 1.7e12, "u1", "p1"), 1.0))
+    bad = [b'{"type": ', b"x" * 900_000, refused]
+    values[50:50] = [(poisoned, value) for value in bad]
     send(tansu, topic, values)
     store = tmp_path / "store"
     settings = {"TOPIC": topic, "DEAD": dead, "EVERY": 1000, "SLOW": 0.1}
@@ -119,20 +131,21 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
         killed.kill()
         killed.wait()
         workers[number + 2] = worker(**settings)  # and another joins
-    wait_until(lambda: read_all(store, topic, total + 2), 300)
+    wait_until(lambda: read_all(store, topic, total + len(bad)), 300)
     state = saved(store)
     assert state["counts"]["learned"] == state["counts"]["impressions"] == total
-    assert state["counts"]["events"] == total + 2, "no message was read twice, the bad ones neither"
-    assert state["dead_letters"]["counts"] == {"malformed": 2}
+    assert state["counts"]["events"] == total + len(bad), "no message was read twice, the bad ones neither"
+    assert state["dead_letters"]["counts"] == {"malformed": 2, "bad time": 1}
     group = f"app-{tmp_path.name}-{topic}-trainer"
     wait_until(lambda: sum(o or 0 for o in committed(tansu, group, topic, partitions).values()))
-    letters = receive(tansu, dead, 2)
+    letters = receive(tansu, dead, len(bad))[: len(bad)]  # one may come twice, after a kill
     headers = [dict(one.headers) for one in letters]
-    offsets = {str(50 // partitions + n).encode() for n in range(2)}
+    offsets = {str(50 // partitions + n).encode() for n in range(len(bad))}
     assert {one["offset"] for one in headers} == offsets
     assert all(one["topic"] == topic.encode() and one["partition"] == b"%d" % poisoned for one in headers)
-    assert all(one["reason"].startswith(b"malformed: ") for one in headers)
-    assert {one.value for one in letters} == {value for _, value in values[50:52]}
+    reasons = {b"malformed", b"bad time"}
+    assert {one["reason"].split(b":")[0] for one in headers} == reasons
+    assert {one.value for one in letters} == set(bad)
     whole = reference(tmp_path / "whole", [decode_event(value) for _, value in good if value])
     if partitions == 1:  # then the order is given, and with it every bit
         assert first_difference(state["model"], whole["model"]) is None
@@ -190,6 +203,26 @@ def report_of(store: Path) -> Any:
     )
     trainer.resume()
     return trainer.report()
+
+
+def test_examples_come_in_the_order_of_their_partition(tansu: str, tmp_path: Path) -> None:
+    clicks, examples, total = new_topic(tansu), new_topic(tansu), 3000
+    shown = [sr.Impression(f"i{n}", 1000.0 + n, "u", "p") for n in range(total + 2)]
+    send(tansu, clicks, [(0, encode_event(one)) for one in shown])
+
+    async def main() -> None:
+        # a message a batch: each has to wait for room, as after a broker's pause
+        app = make_app(tansu, tmp_path, producer_max_batch_size=1)
+        stages = lambda: [sr.LabelJoin(windows={"click": 1.0})]  # noqa: E731
+        join(app, clicks, examples, stages, store=str(tmp_path / "joins"), batch=10)
+        await app.start()
+        while app.monitor.metric_counts["streamrec_examples"] < total:
+            await asyncio.sleep(0.01)
+        await app.stop()
+
+    run(main())
+    came = [json.loads(one.value)["impression"]["id"] for one in receive(tansu, examples, total)]
+    assert came == [one.id for one in shown[:total]]
 
 
 def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
@@ -278,10 +311,7 @@ def test_the_loop_is_not_blocked_while_it_learns_and_saves(tansu: str, tmp_path:
     warm.checkpoint({})
 
     async def main() -> tuple[list[float], int]:
-        app = faust.App(
-            "ticking", broker=f"kafka://{tansu}", store="memory://", datadir=str(tmp_path / "data"), web_enabled=False,
-            broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
-        )  # fmt: skip
+        app = make_app(tansu, tmp_path)
         trainer = make("store")
         train(app, topic, trainer)
         await app.start()

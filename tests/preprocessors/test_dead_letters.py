@@ -30,6 +30,16 @@ def test_none_need_be_kept() -> None:
     assert list(letters) == [] and letters.total == 1
 
 
+def test_listeners_hear_every_letter_whole() -> None:
+    letters = DeadLetters(capacity=0, max_raw=2)
+    heard: list[DeadLetter] = []
+    letters.listeners.append(heard.append)
+    letters.add(letter(9))
+    letters.listeners.clear()
+    letters.add(letter(1))
+    assert heard == [letter(9)] and letters.total == 2
+
+
 def test_odd_reasons() -> None:
     letters = DeadLetters(max_raw=10)
     for reason in ("", ": x", "no colon", "x" * 10_000, "half \ud800: a pair"):

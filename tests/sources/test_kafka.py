@@ -108,6 +108,22 @@ def test_what_cannot_be_decoded_is_a_dead_letter_with_its_place(noida: str) -> N
     assert all(one.reason.startswith("malformed: ") and len(one.reason) <= 500 for one in letters)
 
 
+def test_what_is_refused_later_is_kept_with_its_place(noida: str) -> None:
+    topic = new_topic(noida, 2)
+    values = numbered(6, 2)
+    wrong = sr.Feedback("f", "", 1.0)  # it decodes, but belongs to no impression
+    values[4:4] = [(1, b"{"), (1, encode_event(wrong)), (1, b"{"), (0, encode_event(wrong))]
+    send(noida, topic, values)
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user")), dim=2), batch_size=5)
+    with Kafka(topic, noida, prefetch=8) as source:
+        trainer.run(source)
+    found = sorted(
+        (one.position["partition"], one.position["offset"], one.reason.split(":")[0]) for one in trainer.dead_letters
+    )
+    assert found == [(0, 2, "bad id"), (1, 2, "malformed"), (1, 3, "bad id"), (1, 4, "malformed")]
+    assert all(one.position["topic"] == topic for one in trainer.dead_letters)
+
+
 def test_a_message_without_a_value_is_a_dead_letter(tansu: str) -> None:
     topic = new_topic(tansu)
     send(tansu, topic, [(0, None), *numbered(1)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
@@ -22,7 +22,8 @@ class DeadLetters:
     """Keeps the newest `capacity` dead letters, their bytes and reasons cut at `max_raw`, and counts all of them.
 
     They are counted by category: the text of the reason before the first ":". The first 100 categories have a count
-    of their own, later ones share "other".
+    of their own, later ones share "other". Each of `listeners` is called with every letter, whole, when it comes: it is
+    where to log them, or to send them on.
 
     >>> letters = DeadLetters(capacity=1)
     >>> for offset in (0, 40):
@@ -38,6 +39,7 @@ class DeadLetters:
             raise ConfigError(f"max_raw must be >= 0 bytes, got {max_raw!r}")
         self.capacity = capacity
         self.max_raw = max_raw
+        self.listeners: list[Callable[[DeadLetter], None]] = []
         self._kept: deque[DeadLetter] = deque(maxlen=capacity)
         self._counts: dict[str, int] = {}
 
@@ -68,6 +70,8 @@ class DeadLetters:
             category = _OTHER
         self._counts[category] = self._counts.get(category, 0) + 1
         self._kept.append(DeadLetter(letter.position, reason, letter.raw[: self.max_raw]))
+        for listener in self.listeners:
+            listener(letter)
 
     def state_dict(self) -> State:
         """The kept letters, oldest first, and the counts."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from streamrec.errors import ConfigError, SourceError
+from streamrec.errors import SourceError
 from streamrec.events import DeadLetter
+from streamrec.sources._kafka_connect import Partition, Plan, connect, names_of
 
-__all__ = ["Chunk", "Link", "Partition", "Plan", "letter"]
+__all__ = ["Chunk", "Link", "letter"]
 
 T = TypeVar("T")
 
@@ -28,25 +29,6 @@ _CUT = 0.1  # seconds between two looks for a signal, while a read waits
 def letter(partition: tuple[str, int], offset: int, reason: str, raw: bytes) -> DeadLetter:
     position = {"topic": partition[0], "partition": partition[1], "offset": offset}
     return DeadLetter(position=position, reason=reason[:_MAX_REASON], raw=raw)
-
-
-class Partition(NamedTuple):
-    topic: str
-    number: int
-
-
-class Plan(NamedTuple):
-    """What a connection needs to know."""
-
-    topics: tuple[str, ...]
-    servers: str | tuple[str, ...]
-    partitions: tuple[int, ...] | None
-    follow: bool
-    start: str
-    timeout: float
-    prefetch: int
-    group: str | None
-    client: Mapping[str, Any]
 
 
 class Chunk(NamedTuple):
@@ -163,76 +145,18 @@ class Link:
             await self._consumer.stop()
 
     async def _connect(self, begin: Mapping[Partition, int] | None) -> dict[Partition, int]:
-        try:
-            from aiokafka import AIOKafkaConsumer
-        except ImportError as error:
-            raise ConfigError('the Kafka source needs aiokafka: pip install "streamrec[faust]"') from error
         self._room.set()
         plan = self._plan
-        deadline = self._loop.time() + plan.timeout
-        # shorter than the whole, so that a client gives up by itself: one that is cancelled leaks its connection
-        asked = min(max(0.5, plan.timeout / 2), 40.0)
-        settings: dict[str, Any] = {"request_timeout_ms": int(1000 * asked)}
-        settings |= plan.client
-        settings |= {
-            "bootstrap_servers": plan.servers if isinstance(plan.servers, str) else list(plan.servers),
-            "group_id": plan.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": "none",
-        }
-        trouble: BaseException | None = None
-        while True:
-            left = deadline - self._loop.time()
-            if left <= 0:
-                raise SourceError(
-                    f"no broker has answered at {_servers(plan.servers)} for {plan.timeout:g} s"
-                    f"{f' ({trouble})' if trouble and str(trouble) else ''}; check bootstrap_servers, and that the "
-                    "broker is up and lets this machine in"
-                )
-            try:
-                consumer = AIOKafkaConsumer(**settings)
-            except Exception as error:
-                raise ConfigError(f"aiokafka refuses these settings: {error}") from error
-            try:
-                await asyncio.wait_for(consumer.start(), left + 2 * asked)
-                found = await asyncio.wait_for(self._partitions(consumer), max(0.1, deadline - self._loop.time()))
-                break
-            except (SourceError, ConfigError):
-                await _stop(consumer)
-                raise
-            except Exception as error:
-                # refused, reset, no address, not the leader yet, ...: whatever it is, it may pass
-                trouble = error if not isinstance(error, asyncio.TimeoutError) else trouble
-                await _stop(consumer)
-                await asyncio.sleep(min(0.2, max(0.0, left)))
-        self._consumer = consumer
+        self._consumer, found = await connect(plan)
         self._heard = self._loop.time()
         try:
             if not plan.follow:
-                self._ends = await self._offsets(consumer.end_offsets, found)
+                self._ends = await self._offsets(self._consumer.end_offsets, found)
             if begin is None and plan.start == "latest":
-                begin = await self._offsets(consumer.end_offsets, found)
+                begin = await self._offsets(self._consumer.end_offsets, found)
             return await self._begin(found, begin or {})
         except TimeoutError as error:
             raise self._silent() from error
-
-    async def _partitions(self, consumer: Any) -> list[Partition]:
-        """What to read. Raises `SourceError` where a topic or a partition is not there."""
-        there = await consumer.topics()
-        found = []
-        for topic in self._plan.topics:
-            numbers = consumer.partitions_for_topic(topic) if topic in there else None
-            if not numbers:
-                raise SourceError(
-                    f"the broker has no topic {topic!r}; create it first, or check the name: it has "
-                    f"{', '.join(sorted(there)[:10]) or 'none'}"
-                )
-            wanted = sorted(numbers) if self._plan.partitions is None else self._plan.partitions
-            missing = set(wanted) - set(numbers)
-            if missing:
-                raise SourceError(f"topic {topic!r} has partitions {sorted(numbers)}, not {sorted(missing)}")
-            found += [Partition(topic, number) for number in wanted]
-        return found
 
     async def _offsets(self, ask: Callable[[Any], Any], of: Sequence[Partition]) -> dict[Partition, int]:
         """What the brokers say of these partitions; raises TimeoutError where they have said nothing for too long."""
@@ -351,7 +275,7 @@ class Link:
             error = found
         except Exception as found:
             error = SourceError(
-                f"cannot read on from {_servers(self._plan.servers)}: {found} ({type(found).__name__}); mend it and "
+                f"cannot read on from {names_of(self._plan.servers)}: {found} ({type(found).__name__}); mend it and "
                 "start again from the last checkpoint"
             )
             error.__cause__ = found
@@ -484,15 +408,6 @@ class Link:
 
     def _silent(self) -> SourceError:
         return SourceError(
-            f"no broker has answered at {_servers(self._plan.servers)} for {self._plan.timeout:g} s; start again when "
+            f"no broker has answered at {names_of(self._plan.servers)} for {self._plan.timeout:g} s; start again when "
             "it is back, from the last checkpoint, or wait longer for it with a greater timeout"
         )
-
-
-async def _stop(consumer: Any) -> None:
-    with suppress(Exception):  # it is given up; there is an error to be told already
-        await asyncio.wait_for(consumer.stop(), 5.0)
-
-
-def _servers(servers: str | tuple[str, ...]) -> str:
-    return servers if isinstance(servers, str) else ", ".join(servers)

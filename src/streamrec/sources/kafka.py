@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from typing_extensions import Self
 
 from streamrec.errors import ConfigError, SourceError
-from streamrec.events import Decoded, Event, Feedback, Impression, Item, Labeled, Position, decode_event
-from streamrec.sources._kafka_link import Chunk, Link, Partition, Plan, letter
+from streamrec.events import Decoded, Event, Feedback, Impression, Item, Labeled, Placed, Position, decode_event
+from streamrec.sources._kafka_connect import Partition, Plan
+from streamrec.sources._kafka_link import Chunk, Link, letter
 from streamrec.sources._waiting import signalled
 
 __all__ = ["Kafka", "decode_message"]
@@ -147,8 +150,10 @@ class Kafka:
             self._committed = self._asked
         chunks = self._take(link, limit)
         items: list[Item] = []
+        starts: list[int] = []  # of the chunks, among the items
         sound = True  # all in the default form
         for chunk in chunks:
+            starts.append(len(items))
             if chunk.lost is not None:
                 items.append(chunk.lost)
                 sound = False
@@ -158,7 +163,7 @@ class Kafka:
         for chunk in chunks:
             reached[chunk.partition] = chunk.next
         self._next = reached
-        return Decoded(items) if sound else items
+        return (Decoded if sound else Placed)(items, partial(_place, chunks, starts))
 
     def _take(self, link: Link, limit: int) -> list[Chunk]:
         if not self._plan.follow:
@@ -223,6 +228,16 @@ class Kafka:
         for record in chunk.records:
             items.append(decode_message(record.value, chunk.partition, record.offset, self._decode))
         return False
+
+
+def _place(chunks: Sequence[Chunk], starts: Sequence[int], index: int) -> Position:
+    """Where the item with this index stands; each message is one item, and so is word that some are lost."""
+    number = bisect_right(starts, index) - 1
+    chunk = chunks[number]
+    if chunk.lost is not None:
+        return chunk.lost.position
+    topic, partition = chunk.partition
+    return {"topic": topic, "partition": partition, "offset": chunk.records[index - starts[number]].offset}
 
 
 def decode_message(

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled
+from streamrec.events import DeadLetter, Feedback, Impression, Item, Labeled, place_of
 from streamrec.protocols import Source
 
 __all__ = ["check_source"]
@@ -25,7 +25,8 @@ def check_source(make: Callable[[], Source]) -> None:
 
     Checked: every read limit gives the same items and is kept; the end gives an empty list again and again; a position
     is JSON, stays what it was, and taking it changes nothing; a new source that seeks to a position goes on with
-    exactly what had not been read (at every item, or at 200 of them); so does one that seeks back and forth.
+    exactly what had not been read (at every item, or at 200 of them); so does one that seeks back and forth. Where
+    `read` gives a `Placed` list, its places are JSON, and those of dead letters are their positions.
     A source that has a `close` method is closed. Raises `AssertionError` saying what was expected and what came.
 
     >>> from streamrec.events import Feedback
@@ -135,6 +136,12 @@ def _read(source: Source, limit: int) -> list[Item]:
     for item in items:
         if not isinstance(item, _ITEMS):
             raise AssertionError(f"read must return Impressions, Feedbacks, Labeleds and DeadLetters, got {item!r}")
+    for index, item in enumerate(items):
+        place: Any = place_of(items, index)
+        if place is not None and json.loads(json.dumps(place)) != place:
+            raise AssertionError(f"the place of an item must be what JSON can hold, got {place!r}")
+        if place is not None and isinstance(item, DeadLetter) and place != item.position:
+            raise AssertionError(f"a dead letter at {item.position!r} cannot have the place {place!r}")
     return items
 
 

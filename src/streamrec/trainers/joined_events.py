@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from streamrec.batch import LabeledRows
-from streamrec.events import DeadLetter, Item, Labeled
+from streamrec.events import DeadLetter, Item, Labeled, place_of
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Validate
 from streamrec.protocols import Source, Stage, State
 from streamrec.schema import Schema
@@ -82,7 +82,7 @@ class JoinedEvents:
         checked = self._validate.push(events)
         for place, item in enumerate(checked):
             if isinstance(item, DeadLetter):
-                position = item.position or {"event": self._counts["events"] + place}
+                position = item.position or place_of(events, place) or {"event": self._counts["events"] + place}
                 self.dead_letters.add(DeadLetter(position, item.reason, item.raw))
         kept: list[Any] = [item for item in checked if not isinstance(item, DeadLetter)]
         for stage in self.preprocessors:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
-from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position
+from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, place_of
 from streamrec.hashing import uniform
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
@@ -206,7 +206,7 @@ class OnlineTrainer:
         scores = (self._learn_at_once if kinds == {Labeled} else self._advance)(kept, shown, batch)
         if len(kept) < len(events) or problems:
             places = _places(checked, kept)
-            self._put_aside(checked, shown, problems, places)
+            self._put_aside(events, checked, shown, problems, places)
             if len(kept) < len(events):
                 found = dict(zip(places, scores, strict=False))
                 scores = [
@@ -216,17 +216,22 @@ class OnlineTrainer:
         return scores
 
     def _put_aside(
-        self, checked: Sequence[Item], shown: Sequence[Impression], problems: Sequence[Problem], places: Sequence[int]
+        self,
+        events: Sequence[Item],
+        checked: Sequence[Item],
+        shown: Sequence[Impression],
+        problems: Sequence[Problem],
+        places: Sequence[int],
     ) -> None:
         """Keep the dead letters among these and one for each unusable value, whose event goes on without it.
 
         In the order of the stream, so that the same letters are kept however it is cut. Letters without a position
-        stand where they were pushed.
+        stand where the source says, or else where they were pushed.
         """
         letters: list[tuple[int, DeadLetter]] = []
         for place, item in enumerate(checked):
             if isinstance(item, DeadLetter):
-                position = item.position or {"event": self._counts["events"] + place}
+                position = item.position or place_of(events, place) or {"event": self._counts["events"] + place}
                 letters.append((place, DeadLetter(position, item.reason, item.raw)))
         for problem in problems:
             place = places[problem.row] if problem.row < len(places) else len(checked)

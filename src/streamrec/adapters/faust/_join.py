@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from streamrec.adapters.faust._owner import MOST_SENT, NotOwner, Owner, Reading
-from streamrec.adapters.faust._topics import send_all, topic_name
+from streamrec.adapters.faust._gate import Gate
+from streamrec.adapters.faust._outbox import Message
+from streamrec.adapters.faust._owner import NotOwner, Owner, Reading, Underway
+from streamrec.adapters.faust._topics import topic_name
 from streamrec.errors import ConfigError
-from streamrec.events import DeadLetter, Event, Labeled, Position, decode_event, encode_event
+from streamrec.events import DeadLetter, Event, Labeled, Position, decode_event, encode_event, place_of
 from streamrec.preprocessors import LabelJoin, Validate
 from streamrec.protocols import Stage, State
 from streamrec.storage import Store
@@ -20,6 +21,8 @@ from streamrec.storage import Store
 __all__ = ["join"]
 
 log = logging.getLogger(__name__)
+
+_MOST_BATCHES = 16  # of examples, or dead letters, on their way to the broker; from one partition
 
 
 def join(
@@ -52,7 +55,8 @@ def join(
     Examples are sent **at least once**, in the order of their partition: those since the last cut come again after a
     crash, the same ones. So give the trainer behind it a `Dedup` whose `ttl` and `capacity` cover what a joiner reads
     in `checkpoint_seconds` and while it catches up; then each is learned once. Time stands still in a partition
-    without events: its last impressions stay open until one comes.
+    without events: its last impressions stay open until one comes. An example that is too large for its topic is a
+    dead letter.
 
     The app's monitor counts `streamrec_joined` events and `streamrec_examples`. Lag: the group
     `"{app id}-{topic}-join"`. The rest is as in `train`. One thread and one connection a partition.
@@ -74,6 +78,7 @@ def join(
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(app, reading, to, stages, store, checkpoint_seconds, **kwargs)
 
+    Gate.before(app, (reading.topic,), timeout, reading.client)
     app.service(Joiner)
 
 
@@ -112,35 +117,43 @@ class _Joiner(Owner):
             else:
                 saved = source.position()
             log.info("this worker joins %r, partition %d, from %s", self.reading.topic, number, saved)
-            waiting: list[Future[Any]] = []
+            underway = Underway(self, _MOST_BATCHES)
             at, cut = saved, time.monotonic()
             while not self.enough.is_set():
                 items = source.read(self.reading.batch)
                 if items:
-                    waiting += self.told(items)
-                    waiting += self._sent(chain, number, items)
+                    self._take(chain, number, items, underway)
                     at = source.position()
                     self.count("streamrec_joined", len(items))
-                    while len(waiting) > MOST_SENT:
-                        waiting.pop(0).result(self.reading.timeout)
                 if at != saved and time.monotonic() - cut >= self._every:
-                    version, saved, cut = self._cut(shelf, version, chain, saved, at, waiting), at, time.monotonic()
+                    version, saved, cut = self._cut(shelf, version, chain, saved, at, underway), at, time.monotonic()
             if at != saved:
-                self._cut(shelf, version, chain, saved, at, waiting)
+                self._cut(shelf, version, chain, saved, at, underway)
 
-    def _sent(self, chain: Sequence[Any], number: int, items: Sequence[Any]) -> list[Future[Any]]:
+    def _take(self, chain: Sequence[Any], number: int, items: Sequence[Any], underway: Underway) -> None:
         """Push through the stages, and send what comes out."""
-        checked: Sequence[Any] = chain[0].push([one for one in items if not isinstance(one, DeadLetter)])
-        refused = [one for one in checked if isinstance(one, DeadLetter)]
-        where = {"topic": self.reading.topic, "partition": number}
-        letters = self.told([DeadLetter(where, one.reason, one.raw) for one in refused])
+        checked: Sequence[Any] = chain[0].push(items)
         kept: Sequence[Any] = [one for one in checked if not isinstance(one, DeadLetter)]
+        if len(kept) < len(checked):
+            for place, one in enumerate(checked):
+                if isinstance(one, DeadLetter):
+                    self.bury(DeadLetter(one.position or place_of(items, place) or {}, one.reason, one.raw), underway)
         for stage in chain[1:]:
             kept = stage.push(kept)
-        if not kept:
-            return letters
-        self.count("streamrec_examples", len(kept))
-        return [*letters, self.ask(send_all(self.app, self._examples, [_message(one) for one in kept]))]
+        if kept:
+            self.count("streamrec_examples", len(kept))
+            underway.add(self.ask(self._send(number, kept)), f"the examples for topic {self._examples!r}")
+
+    async def _send(self, number: int, examples: Sequence[Labeled]) -> None:
+        messages = [_message(one) for one in examples]
+        for place in await self.outbox.send(self._examples, messages):
+            raw, topic = messages[place].value, self.reading.dead_letters
+            where = {"topic": self.reading.topic, "partition": number, "impression_id": examples[place].impression.id}
+            self.count("streamrec_dead_letters", 1)
+            log.warning("an example is too large for topic %r: %d bytes, of %s", self._examples, len(raw), where)
+            if topic is not None:
+                reason = f"too large: an example of {len(raw)} bytes, more than topic {self._examples!r} takes"
+                await self.outbox.bury(topic, DeadLetter(where, reason, raw))
 
     def _cut(
         self,
@@ -149,12 +162,10 @@ class _Joiner(Owner):
         chain: Sequence[Stage],
         saved: Position,
         at: Position,
-        waiting: list[Future[Any]],
+        underway: Underway,
     ) -> int:
         """Save, if the partition is still this worker's; returns the number of what was written."""
-        for sent in waiting:
-            sent.result(self.reading.timeout)
-        waiting.clear()
+        underway.wait()
         self.commit(saved)
         newest = shelf.latest()
         if (0 if newest is None else newest.number) != version:
@@ -165,5 +176,5 @@ class _Joiner(Owner):
         return number
 
 
-def _message(example: Labeled) -> tuple[bytes, bytes]:
-    return example.impression.id.encode("utf-8", "surrogatepass"), encode_event(example)
+def _message(example: Labeled) -> Message:
+    return Message(example.impression.id.encode("utf-8", "surrogatepass"), encode_event(example))

@@ -5,27 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet  # on Python 3.10 an error of its own
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from mode import Service
 
+from streamrec.adapters.faust._gate import GROUP_ONLY
 from streamrec.adapters.faust._membership import Claim, Membership, NotOwner
-from streamrec.adapters.faust._topics import bury, client, send, topic_name
+from streamrec.adapters.faust._outbox import Outbox
+from streamrec.adapters.faust._topics import client, topic_name
 from streamrec.errors import ConfigError, SourceError
-from streamrec.events import DeadLetter, Event, Item, Position
+from streamrec.events import DeadLetter, Event, Position
 from streamrec.sources import Kafka
 
-__all__ = ["ANSWER", "MOST_SENT", "NotOwner", "Owner", "Reading"]
+__all__ = ["NotOwner", "Owner", "Reading", "Underway"]
 
 log = logging.getLogger(__name__)
 
-ANSWER = 20.0  # seconds the broker may take for what a checkpoint waits for
-MOST_SENT = 256  # messages, or batches of examples, on their way to the broker
+T = TypeVar("T")
+
 _AGAIN = 1.0  # seconds
-_GROUP_ONLY = ("session_timeout_ms", "heartbeat_interval_ms")  # nothing for a consumer without a group
+_LEAVING = 3.0  # seconds the broker may take when the worker is told to end
 
 
 class Reading:
@@ -45,11 +50,34 @@ class Reading:
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch must be >= 1 event, got {batch!r}")
-        if not seconds > 0:
-            raise ConfigError(f"seconds must be > 0, got {seconds!r}")
+        for name, value in (("seconds", seconds), ("timeout", timeout)):
+            if not value > 0:
+                raise ConfigError(f"{name} must be > 0, got {value!r}")
         self.topic = topic_name(topic)
         self.batch, self.seconds, self.decode, self.dead_letters = batch, seconds, decode, dead_letters
         self.prefetch, self.timeout, self.client = prefetch, timeout, dict(client or {})
+
+
+class Underway:
+    """What was handed to the broker and has not been acknowledged: at most `most` at once."""
+
+    def __init__(self, owner: Owner, most: int) -> None:
+        self._owner, self._most = owner, most
+        self._sent: deque[tuple[Future[Any], str]] = deque()
+
+    def add(self, sent: Future[Any], what: str) -> None:
+        """Wait for the oldest where there are too many. Raises `SourceError` where that is not acknowledged."""
+        self._sent.append((sent, what))
+        self._wait(self._most)
+
+    def wait(self) -> None:
+        """Until all have been acknowledged. Raises `SourceError` where one is not."""
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while len(self._sent) > most:
+            # what is sent goes in turns: the broker has had the whole timeout for this one alone
+            self._owner.answered(*self._sent.popleft())
 
 
 class Owner(Service):
@@ -62,6 +90,8 @@ class Owner(Service):
     def __init__(self, app: Any, reading: Reading, group: str, claim: Claim | None, **kwargs: Any) -> None:
         self.app, self.reading, self.group = app, reading, group
         self.enough = threading.Event()
+        self.outbox = Outbox(app)
+        self._leaving: float | None = None  # when the worker was told to end
         self._claim = claim
         self._membership: Membership | None = None
         self._threads: list[threading.Thread] = []
@@ -104,6 +134,7 @@ class Owner(Service):
                 await asyncio.sleep(0.2)
 
     async def on_stop(self) -> None:
+        self._leaving = time.monotonic()
         await self._end()
         if self._membership is not None:
             with suppress(Exception):  # a broker that does not hear it finds out by itself
@@ -152,7 +183,7 @@ class Owner(Service):
     def source(self, partitions: Sequence[int] | None = None) -> Kafka:
         """A source of these partitions, all if None, that looks up every so many seconds."""
         reading = self.reading
-        own = {name: value for name, value in reading.client.items() if name not in _GROUP_ONLY}
+        own = {name: value for name, value in reading.client.items() if name not in GROUP_ONLY}
         return Kafka(
             reading.topic,
             client(self.app)["bootstrap_servers"],
@@ -165,22 +196,40 @@ class Owner(Service):
             client={**client(self.app, servers=False), **own},
         )
 
-    def told(self, items: Sequence[Item]) -> list[Future[Any]]:
-        """Send the dead letters among these to their topic."""
-        letters = [one for one in items if isinstance(one, DeadLetter)]
-        if letters:
-            self.count("streamrec_dead_letters", len(letters))
+    def bury(self, letter: DeadLetter, underway: Underway) -> None:
+        """Count a dead letter of this topic, and send it to the dead letters' topic, if there is one."""
+        self.count("streamrec_dead_letters", 1)
         topic = self.reading.dead_letters
-        return [] if topic is None else [self.ask(bury(self.app, topic, one)) for one in letters]
-
-    def tell(self, topic: str, key: bytes, value: bytes) -> None:
-        self.ask(send(self.app, topic, key, value)).result(ANSWER)
+        if topic is not None:
+            underway.add(self.ask(self.outbox.bury(topic, letter)), f"the dead letters for topic {topic!r}")
 
     def commit(self, at: Position) -> None:
         """Tell the group's offsets, for those who watch the lag. Raises `NotOwner` where they are another's by now."""
         assert self._membership is not None
         offsets = {int(number): offset for number, offset in at.get(self.reading.topic, {}).items()}
-        self.ask(self._membership.commit(offsets)).result(ANSWER)
+        self.answered(self.ask(self._membership.commit(offsets)), f"the offsets of group {self.group!r}")
+
+    def answered(self, sent: Future[T], what: str) -> T:
+        """Wait for the broker, `timeout` seconds at most, or a few where the worker is to end.
+
+        Raises `SourceError` where that is over, which says what was waited for.
+        """
+        timeout = self.reading.timeout
+        until = time.monotonic() + timeout
+        while True:
+            with suppress(NotYet):
+                return sent.result(0.1)
+            if sent.done():  # meanwhile, or with an error that is called the same
+                return sent.result()
+            now, leaving = time.monotonic(), self._leaving
+            if now < until and (leaving is None or now < leaving + _LEAVING):
+                continue
+            sent.cancel()
+            raise SourceError(
+                f"the broker has not acknowledged {what} for {timeout if now >= until else _LEAVING:g} s; check that "
+                "it is up and has the topic, and start the worker again: it goes on from its last checkpoint; or give "
+                "it a greater timeout"
+            )
 
     def count(self, name: str, many: int) -> None:
         self.call(self.app.monitor.count, name, many)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from streamrec.adapters.faust._gate import Gate
+from streamrec.adapters.faust._outbox import Outbox
 from streamrec.adapters.faust._topics import raw_topic
 from streamrec.errors import ConfigError
-from streamrec.events import Event, Impression, Labeled, decode_event
+from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
+from streamrec.preprocessors import Validate
 from streamrec.sources.kafka import decode_message
 
 __all__ = ["profiles"]
@@ -23,6 +27,8 @@ def profiles(
     half_life: float = 86_400.0,
     partitions: int | None = None,
     decode: Callable[[bytes], Event] = decode_event,
+    dead_letters: str | None = None,
+    timeout: float = 30.0,
 ) -> Any:
     """Keep a profile of each user in a Faust `Table`, from a topic of impressions or labelled examples; returns it.
 
@@ -31,18 +37,30 @@ def profiles(
     and `clicked`, the same with each event counting half as much every `half_life` seconds of event time, so
     that `clicked / shown` is a recent rate; `time`, of the newest event. Faust writes each change to the table's
     changelog topic and reads it back when a worker starts. Counts are at least once: Faust may hand an event over
-    again after a crash. `partitions`: those of the topic, if not the app's default.
+    again after a crash. `partitions`: those of the topic, if not the app's default. `dead_letters`: a topic for what
+    cannot be read or is refused, as in `train`; other feedback is passed over, and counted. `timeout`: seconds without
+    an answer from a broker after which the app's start fails with a `SourceError`.
 
     Raises `ConfigError` where `half_life` is not above 0 seconds.
     """
     if not 0 < half_life < float("inf"):
         raise ConfigError(f"half_life must be > 0 seconds and finite, got {half_life!r}")
     table = app.Table(name, default=dict, partitions=partitions)
+    outbox = Outbox(app)
+    checks: defaultdict[int, Validate] = defaultdict(Validate)
+    Gate.before(app, (), timeout)
 
     async def count(stream: Any) -> None:
         async for event in stream.events():
             message = event.message
+            where = {"topic": message.topic, "partition": message.partition, "offset": message.offset}
             item = decode_message(message.value, (message.topic, message.partition), message.offset, decode)
+            [item] = checks[message.partition].push([item])
+            if isinstance(item, DeadLetter):
+                app.monitor.count("streamrec_dead_letters")
+                if dead_letters is not None:
+                    await outbox.bury(dead_letters, DeadLetter(where, item.reason, item.raw))
+                continue
             shown = item.impression if isinstance(item, Labeled) else item
             if not isinstance(shown, Impression):
                 app.monitor.count("streamrec_not_profiled")

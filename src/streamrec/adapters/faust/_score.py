@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from streamrec.adapters.faust._topics import bury, raw_topic, send, topic_name
+from streamrec.adapters.faust._gate import Gate
+from streamrec.adapters.faust._outbox import Message, Outbox
+from streamrec.adapters.faust._topics import raw_topic, topic_name
 from streamrec.events import DeadLetter
 from streamrec.serving import Candidate, Scorer
 
@@ -37,7 +39,13 @@ class ScoreResponse(msgspec.Struct, frozen=True):
 
 
 def score(
-    app: Any, requests_topic: Any, responses_topic: Any, scorer: Scorer, *, dead_letters: str | None = None
+    app: Any,
+    requests_topic: Any,
+    responses_topic: Any,
+    scorer: Scorer,
+    *,
+    dead_letters: str | None = None,
+    timeout: float = 30.0,
 ) -> Any:
     """Answer ranking requests on one topic with responses on another, keyed by the request's id; returns the agent.
 
@@ -45,9 +53,12 @@ def score(
     `error` where it has an id, and goes to `dead_letters`, if that is given; the stream goes on. Each request is
     answered at least once: after a crash, some twice. The scorer works on a thread of its own, so several requests do
     not hold up the app's loop. Workers share the requests' partitions as Faust's agents do; each has a scorer.
+    `timeout`: seconds without an answer from a broker after which the app's start fails with a `SourceError`.
     """
     requests, responses = raw_topic(app, requests_topic), topic_name(responses_topic)
     decoder = msgspec.json.Decoder(ScoreRequest)
+    outbox = Outbox(app)
+    Gate.before(app, (), timeout)
     thread = ThreadPoolExecutor(1, thread_name_prefix="streamrec-score")
 
     def answer(request: ScoreRequest) -> ScoreResponse:
@@ -67,10 +78,14 @@ def score(
                 found = ScoreResponse(_id(value), error=reason)
                 if dead_letters is not None:
                     where = {"topic": message.topic, "partition": message.partition, "offset": message.offset}
-                    await bury(app, dead_letters, DeadLetter(where, reason, value or b""))
+                    await outbox.bury(dead_letters, DeadLetter(where, reason, value or b""))
                 if not found.id:
                     continue
-            await send(app, responses, found.id.encode(), msgspec.json.encode(found))
+            reply = msgspec.json.encode(found)
+            if await outbox.send(responses, [Message(found.id.encode(), reply)]):
+                reason = f"the answer of {len(reply)} bytes is too large for topic {responses!r}; ask with a smaller k"
+                reply = msgspec.json.encode(ScoreResponse(found.id, error=reason))
+                await outbox.send(responses, [Message(found.id.encode(), reply)])
             app.monitor.count("streamrec_answered")
 
     return app.agent(requests, name=f"streamrec.score.{requests.topics[0]}")(respond)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from streamrec.adapters.faust._owner import ANSWER, MOST_SENT, NotOwner, Owner, Reading
+from streamrec.adapters.faust._gate import Gate
+from streamrec.adapters.faust._outbox import Message
+from streamrec.adapters.faust._owner import NotOwner, Owner, Reading, Underway
 from streamrec.errors import ConfigError, StoreError
-from streamrec.events import Event, Position, decode_event
+from streamrec.events import DeadLetter, Event, Position, decode_event
+from streamrec.preprocessors import DeadLetters
 from streamrec.trainers import OnlineTrainer
 
 __all__ = ["Notice", "train"]
 
 log = logging.getLogger(__name__)
+
+_MOST_LETTERS = 256  # on their way to the broker
 
 
 class Notice(msgspec.Struct, frozen=True):
@@ -53,11 +58,13 @@ def train(
     share. After each checkpoint its offsets are committed to the group `"{app id}-{topic}-trainer"`, from which
     nothing is read: it shows the lag, and it keeps a worker that was declared dead from writing.
 
-    `dead_letters`: a topic for messages that do not decode, with the headers `topic`, `partition`, `offset` and
-    `reason`, sent before the checkpoint behind them. `notices`: a topic that is told of every published version, for
-    `streamrec.serving.StoreNotifier`. `timeout`: seconds without an answer from a broker after which the worker
-    crashes; until then it is tried again. `client`: more settings for aiokafka. How long a dead
-    worker goes unnoticed is the app's `broker_session_timeout`, in seconds.
+    `dead_letters`: a topic for messages that do not decode, or are refused as no events, with the headers `topic`,
+    `partition`, `offset` and `reason`, sent before the checkpoint behind them; one that is too large for that topic is
+    cut, and its size is in the header `cut`. `notices`: a topic that is told of every published version, for
+    `streamrec.serving.StoreNotifier`. `timeout`: seconds without an answer from a broker, whatever it was asked, after
+    which the worker crashes with a `SourceError` that says what that was; until then it is tried again. It holds for
+    the app's start as well. `client`: more settings for aiokafka. How long a dead worker goes unnoticed is the app's
+    `broker_session_timeout`, in seconds.
 
     An error of the store, or of the trainer, crashes the worker: start it again and it goes on from the last
     checkpoint. The app's monitor counts `streamrec_events`, `streamrec_dead_letters`, `streamrec_checkpoints`.
@@ -77,6 +84,7 @@ def train(
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(app, trainer, reading, notices, **kwargs)
 
+    Gate.before(app, (reading.topic,), timeout, reading.client)
     app.service(Trainer)
 
 
@@ -88,6 +96,7 @@ class _Trainer(Owner):
         self._trainer, self._store, self._notices = trainer, trainer.store, notices
         self._version = 0  # of the newest checkpoint that is in memory; 0: none
         self._saved: Position = {}
+        self._notice: Future[Any] | None = None  # on its way
         group = f"{app.conf.id}-{reading.topic}-trainer"
         super().__init__(app, reading, group, lambda: self._version, **kwargs)
 
@@ -98,8 +107,8 @@ class _Trainer(Owner):
         return [self._learn]
 
     def _learn(self) -> None:
-        trainer = self._trainer
-        with self.source() as source:
+        trainer, underway = self._trainer, Underway(self, _MOST_LETTERS)
+        with self.source() as source, _heard(trainer.dead_letters) as letters:
             newest = self._store.checkpoints.latest()
             if newest is not None and newest.number != self._version:
                 self._saved = trainer.resume() or {}
@@ -113,27 +122,25 @@ class _Trainer(Owner):
             else:
                 self._saved = source.position()
             log.info("this worker owns %r and learns from it, from %s", self.reading.topic, self._saved)
-            letters: list[Future[Any]] = []
             at = self._saved
             while not self.enough.is_set():
                 items = source.read(self.reading.batch)
                 if items:
-                    letters += self.told(items)
-                    while len(letters) > MOST_SENT:
-                        letters.pop(0).result(ANSWER)
                     trainer.push(items)
                     at = source.position()
                     self.count("streamrec_events", len(items))
+                    for letter in letters:
+                        if "offset" in letter.position:  # of a message, not of a value without which it was learned
+                            self.bury(letter, underway)
+                    letters.clear()
                 if trainer.checkpoint_due and at != self._saved:
-                    self._checkpoint(at, letters)
+                    self._checkpoint(at, underway)
             if at != self._saved:
-                self._checkpoint(at, letters)
+                self._checkpoint(at, underway)
 
-    def _checkpoint(self, at: Position, letters: list[Future[Any]]) -> None:
+    def _checkpoint(self, at: Position, underway: Underway) -> None:
         """Save, if this worker still owns the topic; raises `NotOwner` where it does not."""
-        for sent in letters:
-            sent.result(ANSWER)  # first: behind the checkpoint, nobody would send them again
-        letters.clear()
+        underway.wait()  # for the dead letters: behind the checkpoint, nobody would send them again
         # Twice, since a worker may sleep at any place: by the broker, and by what is in the store.
         self.commit(self._saved)
         newest = self._store.checkpoints.latest()
@@ -143,9 +150,27 @@ class _Trainer(Owner):
         self._version, self._saved = version.number, at
         self.count("streamrec_checkpoints", 1)
         self.commit(at)
-        if self._notices is not None:
-            published = self._store.versions.latest()
-            if published is not None:
-                with suppress(Exception):  # a scorer that misses it looks by itself, later
-                    notice = msgspec.json.encode(Notice(self._store.uri, published.number))
-                    self.tell(self._notices, b"version", notice)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send a notice of the newest version. Nothing waits for it: who misses it looks by itself, later."""
+        published = self._store.versions.latest()
+        if self._notices is None or published is None:
+            return
+        if self._notice is not None and not self._notice.done():
+            log.warning("no notice of version %d: topic %r has not taken the last one", published.number, self._notices)
+            return
+        message = Message(b"version", msgspec.json.encode(Notice(self._store.uri, published.number)))
+        self._notice = self.ask(self.outbox.send(self._notices, [message]))
+
+
+@contextmanager
+def _heard(of: DeadLetters) -> Iterator[list[DeadLetter]]:
+    """A list to which every dead letter is added, whole."""
+    letters: list[DeadLetter] = []
+    listener = letters.append
+    of.listeners.append(listener)
+    try:
+        yield letters
+    finally:
+        of.listeners.remove(listener)
