@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.adapters.faust_workers import worker  # noqa: F401  # the fixture, for whoever names it
+
 collect_ignore = ["worker.py"]  # a Faust worker is a program of its own, started by the tests
 
 distributed = pytest.importorskip("distributed")

@@ -7,12 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,70 +22,19 @@ from streamrec.adapters.faust import join, score, train
 from streamrec.errors import ConfigError
 from streamrec.events import decode_event, encode_event
 from streamrec.testing._state import first_difference
+from tests.adapters.faust_workers import (
+    PATIENCE,
+    Worker,
+    fetch,
+    labeled,
+    make_app,
+    newest,
+    read_all,
+    saved,
+)
 from tests.kafka.broker import committed, free_port, new_topic, receive, run, send, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM and SIGKILL")
-
-WORKER = Path(__file__).with_name("worker.py")
-Worker = Callable[..., "subprocess.Popen[bytes]"]
-
-
-def labeled(count: int, partitions: int = 4, start: int = 0) -> list[tuple[int, bytes | None]]:
-    shown = [sr.Impression(f"i{n}", 1000.0 + n, f"u{n % 97}", f"p{n % 13}") for n in range(start, start + count)]
-    return [(n % partitions, encode_event(sr.Labeled(one, float(n % 7 == 0)))) for n, one in enumerate(shown)]
-
-
-@pytest.fixture
-def worker(tansu: str, tmp_path: Path) -> Iterator[Worker]:
-    """Starts a worker with these settings; all are gone at the test's end."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(**settings: Any) -> subprocess.Popen[bytes]:
-        number = len(started)
-        given = {"APP_ID": f"app-{tmp_path.name}", "BROKER": tansu, "STORE": str(tmp_path / "store")}
-        given |= {"DATADIR": str(tmp_path / f"data{number}"), **{name: str(one) for name, one in settings.items()}}
-        web = [] if "WEB_PORT" in settings else ["--without-web"]  # the app's setting does not stop the command's
-        with (tmp_path / f"worker{number}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), "worker", "-l", "info", *web],
-                    env={**os.environ, "PYTHONWARNINGS": "default", **given},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-        return started[-1]
-
-    try:
-        yield start
-    finally:
-        for one in started:
-            with suppress(ProcessLookupError):
-                one.kill()
-            one.wait()
-
-
-def make_app(broker: str, folder: Path, **settings: Any) -> Any:
-    """An app to be run in the test's own process."""
-    return faust.App(
-        f"app-{folder.name}", broker=f"kafka://{broker}", store="memory://", datadir=str(folder / "data"),
-        web_enabled=False, broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
-        **settings,
-    )  # fmt: skip
-
-
-def saved(store: Path) -> dict[str, Any]:
-    found = sr.Store(store).checkpoints.read()
-    return {} if found is None else found[1]
-
-
-def newest(store: Path) -> int:
-    """The number of the newest checkpoint on disk, by its name alone."""
-    return max((int(path.stem) for path in (store / "checkpoints").glob("*.json")), default=0)
-
-
-def read_all(store: Path, topic: str, count: int) -> bool:
-    return sum(saved(store).get("position", {}).get(topic, {}).values()) == count
 
 
 @pytest.mark.parametrize(
@@ -123,7 +67,7 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
     workers = {n: worker(**settings) for n in range(2)}  # one learns, one stands by
     for number in range(kills):
         before = newest(store)
-        wait_until(lambda: newest(store) > before + number % 2, 120)  # noqa: B023
+        wait_until(lambda: newest(store) > before + number % 2, PATIENCE)  # noqa: B023
         time.sleep(random.Random(number).uniform(0.0, 0.3))  # amid a batch, or amid a write
         owners = [n for n in workers if b"owns" in (tmp_path / f"worker{n}.log").read_bytes()]
         assert owners, "one learns, the other one stands by"
@@ -131,7 +75,7 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
         killed.kill()
         killed.wait()
         workers[number + 2] = worker(**settings)  # and another joins
-    wait_until(lambda: read_all(store, topic, total + len(bad)), 300)
+    wait_until(lambda: read_all(store, topic, total + len(bad)), PATIENCE)
     state = saved(store)
     assert state["counts"]["learned"] == state["counts"]["impressions"] == total
     assert state["counts"]["events"] == total + len(bad), "no message was read twice, the bad ones neither"
@@ -167,7 +111,11 @@ def reference(store: Path, events: list[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kills", "total"), [(1, 3_000), pytest.param(10, 50_000, marks=pytest.mark.soak)])
 def test_joins_are_shared_among_workers_and_their_examples_learned_once(
-    worker: Worker, tansu: str, tmp_path: Path, kills: int, total: int
+    worker: Worker,
+    tansu: str,
+    tmp_path: Path,
+    kills: int,
+    total: int,
 ) -> None:
     clicks, examples = new_topic(tansu, 4), new_topic(tansu, 2)
     values: list[tuple[int, bytes | None]] = []
@@ -184,11 +132,11 @@ def test_joins_are_shared_among_workers_and_their_examples_learned_once(
         send(tansu, clicks, values[number * len(values) // parts : (number + 1) * len(values) // parts])
         if number < kills:
             before = newest(tmp_path / "store")
-            wait_until(lambda: newest(tmp_path / "store") > before, 120)  # noqa: B023
+            wait_until(lambda: newest(tmp_path / "store") > before, PATIENCE)  # noqa: B023
             workers[number % 2].kill()
             workers[number % 2].wait()
             workers[number % 2] = worker(**settings)
-    wait_until(lambda: saved(tmp_path / "store").get("counts", {}).get("learned") == total, 300)
+    wait_until(lambda: saved(tmp_path / "store").get("counts", {}).get("learned") == total, PATIENCE)
     state = saved(tmp_path / "store")
     assert state["metrics"] and state["counts"]["learned"] == total
     assert report_of(tmp_path / "store").metrics["CTR"] == pytest.approx(len(range(0, total, 7)) / total)
@@ -234,7 +182,7 @@ def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
     send(tansu, topic, labeled(3000))
     one = worker(TOPIC=topic, NOTICES=notices, EVERY=2000, METRICS=1, WEB_PORT=(port := free_port()))
     store = tmp_path / "store"
-    wait_until(lambda: newest(store) >= 1, 120)
+    wait_until(lambda: newest(store) >= 1, PATIENCE)
     page = f"http://127.0.0.1:{port}/"
     wait_until(lambda: "streamrec_checkpoints" in fetch(page))
     wait_until(lambda: 'metric="streamrec_events"} 3000.0' in fetch(page + "metrics"))  # Prometheus is told as well
@@ -249,15 +197,6 @@ def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
     assert state["counts"]["learned"] == state["counts"]["events"] == sum(state["position"][topic].values())
     assert json.loads(receive(tansu, notices, 1)[0].value)["version"] == 1
     assert took < 5.0, "on a machine that is not overloaded it takes half a second"
-
-
-def fetch(page: str) -> str:
-    try:
-        with urllib.request.urlopen(page, timeout=10) as answer:
-            text: str = answer.read().decode()
-            return text
-    except OSError:
-        return ""
 
 
 def test_requests_are_answered_and_bad_ones_told(worker: Worker, tansu: str, tmp_path: Path) -> None:
@@ -287,13 +226,13 @@ def test_profiles_come_back_from_their_changelog(worker: Worker, tansu: str) -> 
     send(tansu, topic, [(0, encode_event(sr.Labeled(one, float(n > 1)))) for n, one in enumerate(shown)])
     page = f"http://127.0.0.1:{port}/profile/u1/"
     first = worker(PROFILES=topic, WEB_PORT=port)
-    wait_until(lambda: '"impressions":4' in fetch(page).replace(" ", ""), 120)
+    wait_until(lambda: '"impressions":4' in fetch(page).replace(" ", ""), PATIENCE)
     told = json.loads(fetch(page))
     assert told == {"impressions": 4, "clicks": 2.0, "shown": 1.875, "clicked": 1.5, "time": 1300.0}
     first.send_signal(signal.SIGTERM)
     first.wait(60)
     worker(PROFILES=topic, WEB_PORT=port)
-    wait_until(lambda: fetch(page) and json.loads(fetch(page)) == told, 120)
+    wait_until(lambda: fetch(page) and json.loads(fetch(page)) == told, PATIENCE)
 
 
 def test_the_loop_is_not_blocked_while_it_learns_and_saves(tansu: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ app = faust.App(
     broker=f"kafka://{env['BROKER']}",
     store="memory://",
     datadir=env["DATADIR"],
-    broker_session_timeout=4.0,
+    broker_session_timeout=float(env.get("SESSION", "4")),
     broker_heartbeat_interval=0.5,
     web_port=int(env.get("WEB_PORT", "6066")),
     web_enabled="WEB_PORT" in env,
@@ -26,6 +26,7 @@ app = faust.App(
     producer_max_batch_size=1 if "PROFILES" in env else 16_384,
     stream_wait_empty=False,
 )
+timeout = float(env.get("TIMEOUT", "60"))
 schema = sr.Schema(sr.Id("user"), sr.Id("item"))
 
 
@@ -50,7 +51,13 @@ sr.OnlineTrainer(model=sr.FM(schema, dim=4)).push([sr.Labeled(sr.Impression("i",
 
 if "TOPIC" in env:
     train(
-        app, env["TOPIC"], trainer, seconds=0.2, dead_letters=env.get("DEAD"), notices=env.get("NOTICES"), timeout=60.0
+        app,
+        env["TOPIC"],
+        trainer,
+        seconds=0.2,
+        dead_letters=env.get("DEAD"),
+        notices=env.get("NOTICES"),
+        timeout=timeout,
     )
 if "JOIN" in env:
     join(
@@ -61,7 +68,7 @@ if "JOIN" in env:
         store=env["STORE"] + "-joins",
         checkpoint_seconds=0.3,
         seconds=0.2,
-        timeout=60.0,
+        timeout=timeout,
         batch=100,
     )
 if "METRICS" in env:

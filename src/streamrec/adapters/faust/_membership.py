@@ -45,8 +45,9 @@ class NotOwner(Exception):
 class Membership:
     """A member of `group` for `topic`, until `stop`.
 
-    `won` is awaited with the partitions that are this worker's from now on, `lost` before it gives them up. `claim`:
-    one member has them all; None: they are shared out.
+    `won` is awaited with the partitions that are this worker's from now on, `lost` before it gives them up. `failed` is
+    awaited with the error where the group puts it out for good. `claim`: one member has them all; None: they are shared
+    out.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Membership:
         *,
         won: Callable[[Sequence[int]], Awaitable[None]],
         lost: Callable[[], Awaitable[None]],
+        failed: Callable[[Exception], Awaitable[None]],
         claim: Claim | None,
     ) -> None:
         self.topic = topic
-        self._won, self._lost = won, lost
+        self._won, self._lost, self._failed = won, lost, failed
         self.owner = False
         self._consumer = AIOKafkaConsumer(
             **settings,
@@ -80,11 +82,14 @@ class Membership:
         self._polling = asyncio.get_running_loop().create_task(self._poll())
 
     async def _poll(self) -> None:
-        while True:  # a member that does not poll is put out of the group; all is paused, so nothing comes
-            paused = self._consumer.assignment()
-            if paused:
-                self._consumer.pause(*paused)
-            await self._consumer.getmany(timeout_ms=500)
+        try:
+            while True:  # a member that does not poll is put out of the group; all is paused, so nothing comes
+                paused = self._consumer.assignment()
+                if paused:
+                    self._consumer.pause(*paused)
+                await self._consumer.getmany(timeout_ms=500)
+        except Exception as error:  # what may pass has been tried again, below; this will not
+            await self._failed(error)
 
     async def stop(self) -> None:
         """Leave the group, so that another may take over at once."""

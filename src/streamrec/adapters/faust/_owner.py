@@ -118,8 +118,9 @@ class Owner(Service):
         deadline = self._main.time() + timeout
         while True:
             self._membership = Membership(
-                self.reading.topic, self.group, settings, won=self._begin, lost=self._end, claim=self._claim
-            )
+                self.reading.topic, self.group, settings,
+                won=self._begin, lost=self._end, failed=self._put_out, claim=self._claim,
+            )  # fmt: skip
             try:
                 await asyncio.wait_for(self._membership.start(), max(0.1, deadline - self._main.time()))
                 return
@@ -155,6 +156,15 @@ class Owner(Service):
         self.enough.set()
         for thread in threads:
             await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+    async def _put_out(self, error: Exception) -> None:
+        told = SourceError(
+            f"the broker does not let this worker into group {self.group!r}: {error or type(error).__name__}; a "
+            "session timeout must be one it allows (the app's broker_session_timeout), and the client permitted to "
+            "read the group"
+        )
+        told.__cause__ = error
+        self._fail(told)
 
     async def _give_up(self, error: Exception) -> None:
         await self.crash(error)
