@@ -1,9 +1,10 @@
 """Trainers: what drives a model through a stream, or through an archive."""
 
 from streamrec.trainers.batch import BatchTrainer
+from streamrec.trainers.dense import Dense, Peers
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.joined_events import JoinedEvents
 from streamrec.trainers.online import OnlineTrainer
 from streamrec.trainers.schedules import Cosine, Linear
 
-__all__ = ["BatchTrainer", "Cosine", "Gate", "JoinedEvents", "Linear", "OnlineTrainer"]
+__all__ = ["BatchTrainer", "Cosine", "Dense", "Gate", "JoinedEvents", "Linear", "OnlineTrainer", "Peers"]

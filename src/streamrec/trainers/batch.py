@@ -38,7 +38,7 @@ class BatchTrainer:
     one; a checkpoint is written every `checkpoint_seconds` on `clock`, between two windows, and at the end, when the
     model is published too.
 
-    Gradient accumulation and bf16 autocast are for models of torch, of which there is none yet.
+    A module of torch learns as `streamrec.trainers.Dense(module)`, with gradient accumulation and bf16 autocast.
 
     >>> from streamrec import FM, Id, Impression, Labeled, Memory, OnlineTrainer, Schema
     >>> from streamrec.trainers import JoinedEvents
@@ -172,6 +172,8 @@ class BatchTrainer:
 
     def _end_epoch(self, rows: RowSource, start: State, split: float) -> bool:
         """Judge what was learned; begin the next epoch, unless this was the last: then true."""
+        if flush := getattr(self.model, "flush", None):  # a `Dense` waits for rows that fill a step
+            flush()
         if split < np.inf:
             rows.load_state_dict(start)
             self._judge(rows, split)

@@ -1,4 +1,4 @@
-"""Dask: prepare an archive, search for a model, judge it and score a catalogue on a cluster of your own.
+"""Dask: prepare an archive, train and search for a model, judge it and score a catalogue on a cluster of your own.
 
 Every function takes your `distributed.Client`, starts no cluster and stops none. Needs Dask: `pip install
 "streamrec[dask]"`.
@@ -13,7 +13,8 @@ except ImportError as _error:
 
     raise _ConfigError('this needs Dask: pip install "streamrec[dask]"') from _error
 
-from streamrec.adapters.dask._cluster import ClusterError
+from streamrec.adapters.dask._cluster import ClusterError, once
+from streamrec.adapters.dask._dense import fit_dense
 from streamrec.adapters.dask._evaluate import evaluate
 from streamrec.adapters.dask._prepare import prepare
 from streamrec.adapters.dask._score import User, score
@@ -33,6 +34,8 @@ __all__ = [
     "User",
     "Whole",
     "evaluate",
+    "fit_dense",
+    "once",
     "prepare",
     "score",
     "search",

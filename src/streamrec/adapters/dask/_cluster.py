@@ -22,7 +22,7 @@ __all__ = [
     "Task",
     "given",
     "lost_scheduler",
-    "once_a_worker",
+    "once",
     "require_client",
     "results",
     "submit",
@@ -186,8 +186,14 @@ _lock = threading.Lock()
 _KEPT = 2
 
 
-def once_a_worker(key: str, make: Callable[[], T]) -> T:
-    """What `make` makes, the first time a task of this worker asks for `key`; at most two such things are kept."""
+def once(key: str, make: Callable[[], T]) -> T:
+    """What `make` makes, the first time a task of this worker asks for `key`; at most two such things are kept.
+
+    For what tasks share and nobody changes: a pretrained model, say, that `search`'s `make` reads from a URI.
+
+    >>> once("answer", lambda: [42]) is once("answer", lambda: [43])
+    True
+    """
     with _lock:  # a second thread waits for the first rather than load it again
         if key not in _kept:
             while len(_kept) >= _KEPT:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from streamrec.adapters.dask._cluster import given, once_a_worker
+from streamrec.adapters.dask._cluster import given, once
 from streamrec.errors import StoreError
 from streamrec.models import FM
 from streamrec.protocols import Model, State
@@ -60,7 +60,7 @@ def model_of(where: Reference, sent: Model | None) -> Model:
         model.load_state_dict(state)
         return model
 
-    return once_a_worker(where.key, make)
+    return once(where.key, make)
 
 
 def scorer_of(where: Reference, sent: Any, catalogue: Any) -> Scorer:
@@ -80,4 +80,4 @@ def scorer_of(where: Reference, sent: Any, catalogue: Any) -> Scorer:
         scorer.set_catalogue(catalogue)
         return scorer
 
-    return once_a_worker("scorer-" + where.key, make)
+    return once("scorer-" + where.key, make)
