@@ -15,9 +15,7 @@ __all__ = ["compiled"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(
-    *, fastmath: set[str] | bool = False, inline: bool = False, made_of: tuple[int, ...] | None = None
-) -> Callable[[F], F]:
+def compiled(*, inline: bool = False, made_of: tuple[int, ...] | None = None) -> Callable[[F], F]:
     """Compile a function on its first call, without the GIL.
 
     The result is cached on disk; where no cache directory can be written, it is compiled once a process.
@@ -26,7 +24,7 @@ def compiled(
     """
 
     def wrap(function: F) -> F:
-        options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         if inline:
             options["inline"] = "always"
         if made_of is not None:

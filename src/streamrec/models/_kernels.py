@@ -19,14 +19,12 @@ import numpy as np
 from streamrec._compile import compiled
 from streamrec._pointers import held, held_rows, touch
 from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
+from streamrec.models._sums import dot, total
 from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
 from streamrec.protocols import LEARN
 
 __all__ = ["MISFIT", "NO_ROOM", "Kernels", "first_factors", "kernels_of", "located", "normalized", "width_of"]
 
-REASSOCIATE = {"contract", "reassoc", "nsz", "arcp"}  # not "nnan": the guard against nan must stay
-# What is finite is compared with this: math.isfinite is x - x == 0, which REASSOCIATE lets the compiler take as true.
-MOST = np.finfo(np.float32).max
 MISFIT = -1
 NO_ROOM = -3.0
 NEAR_ROWS = 8192  # fewer rows are in the cache anyway: looking ahead would cost some 4 % and bring nothing
@@ -70,7 +68,7 @@ def located(ids: Any, fields: Any, slots: Any, old: Any, expiry: Any, now: float
 @compiled(inline=True)
 def _standardized(value: Any, field: int, stats: Any) -> Any:
     """(value - mean) / standard deviation, by what was learned so far; within ±10; 0 while there is no deviation."""
-    if not abs(value) <= MOST:
+    if not math.isfinite(value):
         return np.float32(np.nan)  # so that its row is left out
     if stats[field, 0] < 2.0 or stats[field, 2] <= 0.0:
         return np.float32(0.0)
@@ -249,10 +247,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                     part = first_factor(key, f, seed, scale) * x
                     sums[f] += part
                     squares[f] += part * part
-        pairs = zero
-        for f in range(dim):
-            pairs += sums[f] * sums[f] - squares[f]
-        return linear, half * pairs
+        return linear, half * (dot(sums, sums, dim) - total(squares, dim))
 
     @compiled(inline=True)
     def begin_row(key: Any, row: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
@@ -261,7 +256,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         row[dim] = zero
         begin_memory(row, fnum, lnum)
 
-    @compiled(fastmath=REASSOCIATE, made_of=made_of)
+    @compiled(made_of=made_of)
     def step(
         ids: Any,
         values: Any,
@@ -352,7 +347,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 scale,
             )
             logit = bias[0] + linear + pairs
-            if not abs(logit) <= MOST:
+            if not math.isfinite(logit):
                 scores[k] = np.float32(1.0 / (1.0 + math.exp(-min(max(bias[0], -MAX_LOGIT), MAX_LOGIT))))
                 left_out += learns
                 continue
@@ -362,13 +357,11 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             if not learns:
                 continue
             g = (p - labels[k]) * weights[k]
-            if not abs(g) <= MOST:
+            if not math.isfinite(g):
                 left_out += 1
                 continue
             move_linear(bias, 0, bounded(g, LARGEST), bias_memory, 0, lnum)
-            spread = zero
-            for f in range(dim):
-                spread += squares[f]
+            spread = total(squares, dim)
             # A bound of g x, so that no factor's gradient is beyond ±LARGEST: |sum - w x| <= 2 √(count spread).
             most = LARGEST / np.float32(100.0)
             if count * spread > 2500.0:  # never, but for absurd values
@@ -439,7 +432,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             return NO_ROOM
         return float(-1 - scores[0] if left_out else scores[0])
 
-    @compiled(fastmath=REASSOCIATE, made_of=made_of)
+    @compiled(made_of=made_of)
     def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
         """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
         slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamrec._compile import compiled
+from streamrec.models._sums import dot
 
 __all__ = ["LARGEST", "Updates", "bounded", "first_factor", "updates_of"]
 
@@ -58,10 +59,9 @@ def _adagrad(w: Any, g: Any, n: Any, numbers: Any) -> Any:
 
 
 @compiled(inline=True)
-def _ftrl_weight(z: Any, root: Any, numbers: Any) -> Any:
-    """The weight at z and √n = root; `numbers`: 1 / lr, beta, l1, l2."""
-    shrunk = max(z - numbers[2], np.float32(0.0)) + min(z + numbers[2], np.float32(0.0))
-    return -shrunk / ((numbers[1] + root) * numbers[0] + numbers[3])
+def _ftrl_weight(z: Any, root: Any, inverse: Any, beta: Any, l1: Any, l2: Any) -> Any:
+    """The weight at z and √n = root; `inverse`: 1 / lr."""
+    return (bounded(z, l1) - z) / ((beta + root) * inverse + l2)
 
 
 @compiled(inline=True)
@@ -124,7 +124,7 @@ def updates_of(dim: int, factor_rule: int, linear_rule: int) -> Updates:
             z = s[base] + g * numbers[4] - (root - math.sqrt(n)) * numbers[0] * w[at]
             s[base] = z
             s[base + 1] = grown
-            w[at] = _ftrl_weight(z, root, numbers)
+            w[at] = _ftrl_weight(z, root, numbers[0], numbers[1], numbers[2], numbers[3])
         else:
             s[base + 2] += one
             s[base] = numbers[1] * s[base] + (one - numbers[1]) * g
@@ -145,26 +145,25 @@ def updates_of(dim: int, factor_rule: int, linear_rule: int) -> Updates:
                 w[a + f] = n
                 w[f] = _adagrad(w[f], g, n, numbers)
         elif factor_rule == ROW_ADAGRAD:
-            total = zero
             for f in range(dim):
-                g = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
-                kept[f] = g
-                total += g * g
-            n = w[c] + total * share
+                kept[f] = gx * (sums[f] - w[f] * x) + numbers[1] * w[f]
+            n = w[c] + dot(kept, kept, dim) * share
             w[c] = n
             rate = numbers[0] / (math.sqrt(n) + numbers[2])
             for f in range(dim):
                 w[f] -= rate * kept[f]
         elif factor_rule == FTRL:
+            # read once: for all the compiler knows, the row is where they are, and then the loop is not made of vectors
+            inverse, beta, l1, l2, rate = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
             for f in range(dim):
                 g = gx * (sums[f] - w[f] * x)
                 n = w[b + f]
                 grown = n + g * g
                 root = math.sqrt(grown)
-                z = w[a + f] + g * numbers[4] - (root - math.sqrt(n)) * numbers[0] * w[f]
+                z = w[a + f] + g * rate - (root - math.sqrt(n)) * inverse * w[f]
                 w[a + f] = z
                 w[b + f] = grown
-                w[f] = _ftrl_weight(z, root, numbers)
+                w[f] = _ftrl_weight(z, root, inverse, beta, l1, l2)
         else:
             w[c] += one
             rate = numbers[0] / (one - numbers[1] ** w[c])

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from streamrec._compile import compiled
 from streamrec._pointers import touch
 from streamrec.errors import ConfigError
-from streamrec.models._kernels import MAX_LOGIT, MOST, REASSOCIATE
+from streamrec.models._kernels import MAX_LOGIT
+from streamrec.models._sums import dot
 from streamrec.models.fm import FM
 
 __all__ = ["Codes", "best", "coded", "in_order", "logits", "probabilities", "top"]
@@ -166,12 +167,12 @@ def _coded(items: Any) -> Any:
         for row in range(begin, end):
             for f in range(width):
                 size = abs(items[row, f])
-                if not size <= MOST:
+                if not math.isfinite(size):
                     size = np.float32(np.inf)
                 largest[f] = max(largest[f], size)
         for f in range(width):
             steps[tile, f] = max(largest[f] / np.float32(127.0), SMALLEST_STEP)
-            if largest[f] <= MOST:
+            if math.isfinite(largest[f]):
                 by = np.float32(1.0) / steps[tile, f]
                 for row in range(begin, end):
                     codes[tile, f, row - begin] = np.int8(np.rint(items[row, f] * by))
@@ -239,14 +240,11 @@ def _kernels_of(dim: int) -> _Kernels:
 
     @compiled(inline=True)
     def with_item(shared: Any, items: Any, at: int, bias: Any) -> Any:
-        row = np.uint64(at)  # unsigned: no check for places from the end
-        logit = zero
-        for f in range(dim):
-            logit += shared[np.uint64(f)] * items[row, np.uint64(f)]
-        logit += bias + shared[dim] + items[row, np.uint64(dim)]
-        return logit if abs(logit) <= MOST else bias
+        item = items[np.uint64(at)]  # unsigned: no check for places from the end
+        logit = dot(shared, item, dim) + (bias + shared[dim] + item[dim])
+        return logit if math.isfinite(logit) else bias
 
-    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
+    @compiled(made_of=(dim,))
     def logits(shared: Any, items: Any, places: Any, bias: Any) -> Any:
         found = np.empty(len(places), dtype=np.float32)
         for k in range(len(places)):
@@ -255,7 +253,7 @@ def _kernels_of(dim: int) -> _Kernels:
             found[k] = with_item(shared, items, places[k], bias)
         return found
 
-    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
+    @compiled(made_of=(dim,))
     def best(shared: Any, items: Any, places: Any, bias: Any, k: int) -> Any:
         found = np.empty(k, dtype=np.float32)
         where = np.empty(k, dtype=np.int64)
@@ -273,7 +271,7 @@ def _kernels_of(dim: int) -> _Kernels:
         _unheap(found, where, k)
         return k, where, found
 
-    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
+    @compiled(made_of=(dim,))
     def threshold(shared: Any, bias: Any, steps: Any, weights: Any, worst: Any) -> Any:
         """What the rough sum of an item of this tile comes to at least, if its logit is over `worst`.
 
@@ -293,7 +291,7 @@ def _kernels_of(dim: int) -> _Kernels:
         least = np.float64(worst) - np.float64(bias) - np.float64(shared[dim]) - hidden
         return np.float32(least - 2e-7 * abs(least))  # down, whatever the rounding to float32
 
-    @compiled(fastmath=REASSOCIATE, made_of=(dim,))
+    @compiled(made_of=(dim,))
     def top(shared: Any, items: Any, bias: Any, k: int, skipped: Any, codes: Any, steps: Any) -> Any:
         found = np.empty(k, dtype=np.float32)
         places = np.empty(k, dtype=np.int64)
