@@ -11,9 +11,9 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -120,7 +120,11 @@ def _ratio(value: float) -> str:
 
 def environment() -> str:
     """The machine and the versions, in one line."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba", "torch", "river"))
+    told = []
+    for name in ("numpy", "numba", "torch", "river"):
+        with suppress(PackageNotFoundError):  # not every benchmark has River as a peer
+            told.append(f"{name} {version(name)}")
+    packages = ", ".join(told)
     return (
         f"{_processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {packages}; "
         "one thread"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import streamrec as sr
+from streamrec._event_columns import table_of
 from streamrec.events import Event, encode_event
 from streamrec.preprocessors import Validate, encode
 from streamrec.protocols import Metric, Model, Source, Stage, Stateful
@@ -50,10 +51,29 @@ def pushed(log: Path) -> sr.Push:
     return sr.Push(log=log, idle=0.0)
 
 
+def in_parquet(folder: Path) -> sr.Parquet:
+    """Two files whose times overlap."""
+    if not folder.exists():
+        parquet = pytest.importorskip("pyarrow.parquet")
+        folder.mkdir()
+        for number in (0, 1):
+            parquet.write_table(table_of(events()[number::2]), folder / f"{number}.parquet", row_group_size=9)
+    return sr.Parquet(str(folder))
+
+
+def in_csv(path: Path) -> sr.Csv:
+    """Impressions alone, and a row that is none."""
+    rows = [f'{one.id},{one.time},{one.user},"{one.item}",x|y\n' for one in SHOWN]
+    path.write_text("id,time,user,item,genres\n" + "".join(rows) + "i,never,u,p,\n")
+    return sr.Csv(path, lists={"genres": "|"})
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "Memory": lambda folder: sr.Memory(events()),
     "JsonLines": lambda folder: sr.JsonLines(folder / "*.jsonl"),
     "Push": lambda folder: pushed(folder / "log"),
+    "Parquet": lambda folder: in_parquet(folder / "rows"),
+    "Csv": lambda folder: in_csv(folder / "a.csv"),
 }
 STAGES: dict[str, Callable[[], Stage]] = {
     "Dedup": lambda: sr.Dedup(ttl=60.0, capacity=20),

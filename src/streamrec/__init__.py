@@ -52,8 +52,10 @@ if TYPE_CHECKING:
     from streamrec.serving import Candidate as Candidate
     from streamrec.serving import Ranked as Ranked
     from streamrec.serving import Scorer as Scorer
+    from streamrec.sources import Csv as Csv
     from streamrec.sources import JsonLines as JsonLines
     from streamrec.sources import Memory as Memory
+    from streamrec.sources import Parquet as Parquet
     from streamrec.sources import Push as Push
     from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
@@ -92,7 +94,7 @@ _HOME = {
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
-    "sources": ("JsonLines", "Memory", "Push"),
+    "sources": ("Csv", "JsonLines", "Memory", "Parquet", "Push"),
     "storage": ("EncodedRows", "Store"),
     "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
 }

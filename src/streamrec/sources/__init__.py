@@ -1,8 +1,10 @@
 """Where events come from: any object with the three methods of `streamrec.protocols.Source` will do."""
 
+from streamrec.sources.csv import Csv
 from streamrec.sources.json_lines import JsonLines
 from streamrec.sources.kafka import Kafka
 from streamrec.sources.memory import Memory
+from streamrec.sources.parquet import Parquet
 from streamrec.sources.push import Push
 
-__all__ = ["JsonLines", "Kafka", "Memory", "Push"]
+__all__ = ["Csv", "JsonLines", "Kafka", "Memory", "Parquet", "Push"]

@@ -27,6 +27,10 @@ _MAX_REASON = 500
 class Form(Protocol):
     """How a line becomes an event."""
 
+    def join(self, lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """What stands on lines, where that may be several; and the lines of what is not at its end yet."""
+        ...
+
     def many(self, lines: Sequence[bytes]) -> Sequence[Item] | None:
         """The events of these lines, where all are in the default JSON form; None, and nothing done, where not."""
         ...
@@ -41,6 +45,9 @@ class Json:
 
     def __init__(self, decode: Callable[[bytes], Event]) -> None:
         self.one = decode
+
+    def join(self, lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        return lines, []
 
     def many(self, lines: Sequence[bytes]) -> Sequence[Item] | None:
         # nearly all are good; where not, the careful way finds which one it is, and why
@@ -77,6 +84,10 @@ class Lines:
 
     def _held(self) -> bool:
         return self._next < len(self._lines) or self._damage is not None
+
+    def first(self) -> bytes | None:
+        """The next line, as it stands and not passed over; None where there is none."""
+        return self._lines[self._next] if (self._held() or self._fill(whole=True)) and self._lines else None
 
     def take(self, items: list[Item], limit: int, *, whole: bool = True) -> bool:
         """Add items until there are `limit` of them or the file ends; returns whether all are in the default form.
@@ -119,8 +130,12 @@ class Lines:
                 continue
             parts.append(chunk[:end])
             self._tail = chunk[end + 1 :]
-            self._lines = b"".join(parts).split(b"\n")
-            return True
+            self._lines, begun = self._form.join(b"".join(parts).split(b"\n"))
+            if begun:
+                self._tail = b"\n".join([*begun, self._tail])
+            if self._lines:
+                return True
+            parts, self._tail = [self._tail], b""
 
     def _decode(self, items: list[Item], limit: int) -> bool:
         """Decode lines that were read ahead until there are `limit` items; whether all are in the default form."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Callable
 from types import TracebackType
 
 from typing_extensions import Self
 
-from streamrec.errors import ConfigError, SourceError
-from streamrec.events import Decoded, Event, Item, Position, decode_event
+from streamrec.errors import ConfigError
+from streamrec.events import Event, Item, Position, decode_event
+from streamrec.sources._files import Files, place
 from streamrec.sources._follow import Followed
-from streamrec.sources._lines import Form, Json, Lines
-from streamrec.sources._readers import find, opened, size
+from streamrec.sources._lines import Json
+from streamrec.sources._readers import find
 
 __all__ = ["JsonLines"]
 
@@ -55,7 +55,7 @@ class JsonLines:
     _chunk = 1 << 20
 
     # what __del__ needs, also where __init__ raised
-    _source: _Whole | Followed | None = None
+    _source: Files | Followed | None = None
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class JsonLines:
         for name, value in (("rotated", rotated), ("idle", idle)):
             if value is not None:
                 raise ConfigError(f"{name}={value!r} is for a log that is followed: add follow=True")
-        self._source = _Whole(find(path), chunk=self._chunk, form=form)
+        self._source = Files(find(path), chunk=self._chunk, form=lambda path: (form, 0))
 
     def __enter__(self) -> Self:
         return self
@@ -127,91 +127,9 @@ class JsonLines:
 
         Raises `SourceError` where the path is not among the files, or the offset is behind the file's end.
         """
-        path, offset = position.get("path"), position.get("offset")
-        if not isinstance(path, str) or type(offset) is not int or offset < 0:
-            raise SourceError(
-                f'no position {dict(position)!r}: it needs a "path" and an "offset" in bytes, as position() gives them'
-            )
-        self._kind.seek(path, offset, position)
+        self._kind.seek(*place(position), position)
 
     @property
-    def _kind(self) -> _Whole | Followed:
+    def _kind(self) -> Files | Followed:
         assert self._source is not None
         return self._source
-
-
-class _Whole:
-    """Files that are there, one after the other."""
-
-    def __init__(self, paths: list[str], *, chunk: int, form: Form) -> None:
-        self._paths = paths
-        self._chunk = chunk
-        self._form = form
-        self._sizes = [size(path) for path in paths]
-        # The position, and all that is remembered: what is read ahead is read again from here when need be.
-        self._index = 0
-        self._offset = 0  # while no file is open
-        self._packed = 0
-        self._ended = False
-        self._lines: Lines | None = None
-
-    def close(self) -> None:
-        if self._lines is not None:
-            self._offset, self._packed = self._lines.offset, self._lines.reader.packed
-            self._lines.close()
-            self._lines = None
-
-    @property
-    def size(self) -> int:
-        return sum(self._sizes)
-
-    def fraction(self) -> float | None:
-        if not self.size:
-            return None
-        packed = self._packed if self._lines is None else self._lines.reader.packed
-        return min(1.0, (sum(self._sizes[: self._index]) + packed) / self.size)
-
-    def wait(self, seconds: float) -> bool:
-        return True
-
-    def read(self, limit: int) -> list[Item]:
-        index, offset = self._index, self._at()
-        items: list[Item] = []
-        sound = True  # all in the default form
-        try:
-            while len(items) < limit and not self._ended:
-                if self._lines is None:
-                    self._lines = self._open(self._index, self._offset)
-                sound &= self._lines.take(items, limit)
-                if len(items) < limit:
-                    self.close()
-                    # remembered, so that reading on at the end does not decompress the last file again
-                    self._ended = self._index + 1 == len(self._paths)
-                    if not self._ended:
-                        self._index, self._offset, self._packed = self._index + 1, 0, 0
-        except BaseException:  # an interrupt too: nothing of this call is handed out, so nothing of it counts as read
-            self.close()
-            self._index, self._offset, self._ended = index, offset, False
-            raise
-        return Decoded(items) if sound else items
-
-    def position(self) -> Position:
-        return {"path": self._paths[self._index], "offset": self._at()}
-
-    def seek(self, path: str, offset: int, position: Position) -> None:
-        index = bisect_left(self._paths, path)
-        if index == len(self._paths) or self._paths[index] != path:
-            raise SourceError(
-                f"{path!r} is not among the {len(self._paths)} files, {self._paths[0]!r} to {self._paths[-1]!r}: "
-                "read with the path that the position is from, or start at the beginning"
-            )
-        lines = self._open(index, offset)
-        self.close()
-        self._index, self._lines, self._ended = index, lines, False
-
-    def _at(self) -> int:
-        return self._offset if self._lines is None else self._lines.offset
-
-    def _open(self, index: int, offset: int) -> Lines:
-        path = self._paths[index]
-        return Lines(path, opened(path, offset, self._chunk), offset, chunk=self._chunk, form=self._form)
