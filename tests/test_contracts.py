@@ -104,13 +104,14 @@ METRICS: dict[str, list[Callable[[], Metric]]] = {
 # What flows and what configures: frozen, without memory.
 DATA = {
     *("Batch", "Candidate", "DeadLetter", "Feedback", "Id", "Ids", "Impression", "Labeled", "Number", "Ranked"),
-    *("Report", "Schema", "Text"),
+    *("Report", "Schema", "Taste", "Text"),
 }
 ERRORS = {
     *("ConfigError", "DamagedError", "FullError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
 }
 # What remembers in ways of its own, and the test that holds it to them.
 ELSEWHERE = {
+    "BertFM": "models/test_bert_fm.py::test_it_keeps_the_contract_of_models",
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",
     "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",
     "EncodedRows": "trainers/test_batch_trainer.py::test_encoded_rows_are_as_written",
@@ -181,6 +182,7 @@ def test_data_is_frozen_and_remembers_nothing(name: str) -> None:
         "Ranked": sr.Ranked("p1", 0.5),
         "Report": sr.Report({}, {}),
         "Schema": schema,
+        "Taste": sr.Taste(),
         **{kind.__name__: kind("genres") for kind in (sr.Id, sr.Ids, sr.Number, sr.Text)},
         **{kind.__name__: kind() for kind in (sr.SGD, sr.Adagrad, sr.FTRL, sr.Adam)},
     }

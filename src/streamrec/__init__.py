@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from streamrec.models import SGD as SGD
     from streamrec.models import Adagrad as Adagrad
     from streamrec.models import Adam as Adam
+    from streamrec.models import BertFM as BertFM
+    from streamrec.models import Taste as Taste
     from streamrec.models import TextCache as TextCache
     from streamrec.models import TextEncoder as TextEncoder
     from streamrec.preprocessors import DeadLetters as DeadLetters
@@ -90,7 +92,7 @@ _HOME = {
         "Slices",
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
-    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "TextCache", "TextEncoder"),
+    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "BertFM", "Taste", "TextCache", "TextEncoder"),
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),

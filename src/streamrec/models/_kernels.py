@@ -20,6 +20,7 @@ from streamrec._compile import compiled
 from streamrec._pointers import held, held_rows, touch
 from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
 from streamrec.models._sums import dot, total
+from streamrec.models._text_kernels import NO_SHAPE, Shape, texts_of
 from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
 from streamrec.protocols import LEARN
 
@@ -132,14 +133,18 @@ def width_of(dim: int, factor_rule: int, linear_rule: int) -> int:
 
 
 @cache
-def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expires: bool) -> Kernels:
+def kernels_of(
+    dim: int, factor_rule: int, linear_rule: int, admits: bool, expires: bool, shape: Shape = NO_SHAPE
+) -> Kernels:
     """The loops for one number of factors and one pair of optimizers, which the compiler then knows.
 
-    `admits`, `expires`: whether ids of some field share a row until they are admitted, or expire.
+    `admits`, `expires`: whether ids of some field share a row until they are admitted, or expire. `shape`: of texts.
     """
+    read_texts, learn_texts, part_of_texts = texts_of(dim, shape)
+    inputs, hidden, taste_field, extra = shape.inputs, shape.hidden, shape.by, shape.extra
     begin_memory, move_linear, move_factors, linear_at, _ = updates_of(dim, factor_rule, linear_rule)
     width = width_of(dim, factor_rule, linear_rule)
-    made_of = (dim, factor_rule, linear_rule, admits, expires)
+    made_of = (dim, factor_rule, linear_rule, admits, expires, *(shape if shape.texts else ()))
     weights_end = dim + 1
     zero = np.float32(0.0)
     half = np.float32(0.5)
@@ -205,7 +210,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         seed: Any,
         scale: Any,
     ) -> Any:
-        """Σ v x in `sums`, Σ (v x)² in `squares`; returns Σ w x, and Σ <v_i, v_j> x_i x_j of all pairs.
+        """Σ v x in `sums`, Σ (v x)² in `squares`, both set anew; returns Σ w x.
 
         Fills `where`, the row of each entry, or a negative number; `shared`, 1 where that is its field's row for new
         ids; and `xs`, what each is multiplied by. `known`: what `where` holds was found before, by and large.
@@ -247,7 +252,21 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                     part = first_factor(key, f, seed, scale) * x
                     sums[f] += part
                     squares[f] += part * part
-        return linear, half * (dot(sums, sums, dim) - total(squares, dim))
+        return linear
+
+    @compiled(inline=True)
+    def pairs_of(sums: Any, squares: Any) -> Any:
+        """Σ <v_i, v_j> x_i x_j of all pairs."""
+        return half * (dot(sums, sums, dim) - total(squares, dim))
+
+    @compiled(inline=True)
+    def tasting(ids: Any, fields: Any, start: int, count: int) -> Any:
+        """Whose taste counts in this row, and whether anybody's does."""
+        if taste_field >= 0:
+            for e in range(start, start + count):
+                if fields[e] == taste_field:
+                    return ids[e], True
+        return np.int64(0), False
 
     @compiled(inline=True)
     def begin_row(key: Any, row: Any, seed: Any, scale: Any, fnum: Any, lnum: Any) -> None:
@@ -255,6 +274,14 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
             row[f] = first_factor(key, f, seed, scale)
         row[dim] = zero
         begin_memory(row, fnum, lnum)
+
+    @compiled(inline=True)
+    def room_for_texts() -> Any:
+        return (
+            np.empty((inputs + 1, hidden), dtype=np.float32),
+            np.empty((inputs, dim), dtype=np.float32),
+            np.empty(inputs + 1, dtype=np.int64),
+        )
 
     @compiled(made_of=made_of)
     def step(
@@ -269,6 +296,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         labels: Any,
         weights: Any,
         pointers: Any,
+        texts: Any,
         first: int,
         scores: Any,
     ) -> tuple[int, int]:
@@ -298,6 +326,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         where, ahead, shared = places[0], places[1], places[2]
         floats = np.empty(2 * dim + longest, dtype=np.float32)
         sums, squares, xs = floats[:dim], floats[dim : 2 * dim], floats[2 * dim :]
+        text_xs, text_vs, flags = room_for_texts()
         left_out = 0
         # Memory is slow, not the arithmetic: while one event is computed, the rows of the next are on their way to the
         # cache, and the slots of the one after it.
@@ -322,7 +351,7 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 then = rows[k + 1]
                 learns_then = (ops[k + 1] & LEARN) != 0
                 find_and_touch(ids, starts[then], ends[then], slots, old, ahead, table, learns_then)
-            linear, pairs = forward(
+            linear = forward(
                 ids,
                 values,
                 fields,
@@ -346,7 +375,9 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 seed,
                 scale,
             )
-            logit = bias[0] + linear + pairs
+            user, knows = tasting(ids, fields, start, count)
+            linear += read_texts(k, user, knows, texts, text_xs, text_vs, flags, sums, squares)
+            logit = bias[0] + linear + pairs_of(sums, squares)
             if not math.isfinite(logit):
                 scores[k] = np.float32(1.0 / (1.0 + math.exp(-min(max(bias[0], -MAX_LOGIT), MAX_LOGIT))))
                 left_out += learns
@@ -362,12 +393,16 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 continue
             move_linear(bias, 0, bounded(g, LARGEST), bias_memory, 0, lnum)
             spread = total(squares, dim)
-            # A bound of g x, so that no factor's gradient is beyond ±LARGEST: |sum - w x| <= 2 √(count spread).
+            parts = count
+            for n in range(inputs):
+                parts += flags[n]
+            # A bound of g x, so that no factor's gradient is beyond ±LARGEST: |sum - w x| <= 2 √(parts spread).
             most = LARGEST / np.float32(100.0)
-            if count * spread > 2500.0:  # never, but for absurd values
-                most = np.float32(LARGEST / (2.0 * math.sqrt(count * spread)))
-            if count == 1:  # no pairs: sum - w x is the rounding error of w x, which Adagrad would make a whole step of
+            if parts * spread > 2500.0:  # never, but for absurd values
+                most = np.float32(LARGEST / (2.0 * math.sqrt(parts * spread)))
+            if parts == 1:  # no pairs: sum - w x is the rounding error of w x, which Adagrad would make a whole step of
                 most = zero
+            learn_texts(k, user, knows, g, labels[k], parts == 1, texts, text_xs, text_vs, flags, sums)
             now = clock[0]
             if expires:
                 now = max(now, times[row])
@@ -427,14 +462,18 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         floats = np.empty(3, dtype=np.float32)
         labels, weights, scores = floats[:1], floats[1:2], floats[2:]
         labels[0], weights[0] = label, weight
-        done, left_out = step(ids, values, fields, starts, ends, times, rows, op, labels, weights, pointers, 0, scores)
+        texts = columns[:0]
+        done, left_out = step(
+            ids, values, fields, starts, ends, times, rows, op, labels, weights, pointers, texts, 0, scores
+        )
         if done == 0:
             return NO_ROOM
         return float(-1 - scores[0] if left_out else scores[0])
 
     @compiled(made_of=made_of)
-    def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any) -> Any:
-        """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it."""
+    def parts(ids: Any, values: Any, fields: Any, starts: Any, ends: Any, pointers: Any, texts: Any) -> Any:
+        """float32 `(rows, dim + 1)`: Σ v x, and last, Σ w x and the pairs among the entries. The bias is not in it.
+        Between them, where there are tastes, what the similarity is the inner product of: `hidden` numbers."""
         slots, old, table, expiry, clock, admit, new_ids, standardize, stats, numbers, seed = read_only(pointers)
         longest = 1
         for row in range(len(starts)):
@@ -443,10 +482,11 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
         where, shared = places[0], places[1]
         floats = np.empty(dim + longest, dtype=np.float32)
         squares, xs = floats[:dim], floats[dim:]
-        found = np.empty((len(starts), weights_end), dtype=np.float32)
+        text_xs, text_vs, flags = room_for_texts()
+        found = np.empty((len(starts), dim + extra + 1), dtype=np.float32)
         for row in range(len(starts)):
             sums = found[row]
-            linear, pairs = forward(
+            linear = forward(
                 ids,
                 values,
                 fields,
@@ -470,7 +510,10 @@ def kernels_of(dim: int, factor_rule: int, linear_rule: int, admits: bool, expir
                 seed,
                 numbers[0],
             )
-            found[row, dim] = linear + pairs
+            user, knows = tasting(ids, fields, starts[row], ends[row] - starts[row])
+            linear += read_texts(row, user, knows, texts, text_xs, text_vs, flags, sums, squares)
+            part_of_texts(texts, text_xs, flags, sums[dim:])
+            found[row, dim + extra] = linear + pairs_of(sums, squares)
         return found
 
     return Kernels(step, one, parts)

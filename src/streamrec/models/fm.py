@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ __all__ = ["FM"]
 SKETCH = 1 << 22
 """Bytes in which ids without a row are counted. Halved after every 2^19 sightings, so that at most some 5 % of the ids
 seen are taken for seen once more than they were."""
+_NO_TEXTS = np.zeros(0, dtype=np.int64)
 _ROW, _OPS = np.zeros(1, dtype=np.int64), np.array([SCORE, SCORE | LEARN], dtype=np.int8)
 CHECKPOINT, PUBLISHED = 1, 2  # bits of a touched row: not in the last checkpoint, not in the last version
 
@@ -130,6 +131,9 @@ class FM(nn.Module):
         if not 0 <= rate <= 1000:
             raise ConfigError(f"rate must be from 0 to 1000, got {rate!r}")
         self._rate = float(rate)
+        self._write_rates()
+
+    def _write_rates(self) -> None:
         # in place: the compiled loops hold its address
         self._numbers[1:] = [*self.optimizer.numbers(self._rate), *self.linear_optimizer.numbers(self._rate)]
 
@@ -238,9 +242,14 @@ class FM(nn.Module):
         nothing = np.zeros(len(batch), dtype=np.float32)
         scores = np.empty(len(batch), dtype=np.float32)
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times)
-        pointers = self._map()
-        self._kernels.step(*columns, rows, np.full(len(batch), SCORE, np.int8), nothing, nothing, pointers, 0, scores)
+        ops, pointers = np.full(len(batch), SCORE, np.int8), self._map()
+        texts, _kept = self._read_texts(batch, rows)
+        self._kernels.step(*columns, rows, ops, nothing, nothing, pointers, texts, 0, scores)
         return scores
+
+    def _read_texts(self, batch: Batch, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], Any]:
+        """What the loops need to know of the texts of these rows, and what must stay alive for it; here, nothing."""
+        return _NO_TEXTS, ()
 
     def learn(self, batch: Batch, labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
         """One gradient step of the log loss per row, in order. `labels`, `weights`: float32 `(rows,)`."""
@@ -270,9 +279,10 @@ class FM(nn.Module):
                 "give it times"
             )
         done = 0
+        texts, _kept = self._read_texts(batch, rows)
         while True:
             pointers = self._map()
-            done, left_out = self._kernels.step(*columns, rows, ops, labels, weights, pointers, done, scores)
+            done, left_out = self._kernels.step(*columns, rows, ops, labels, weights, pointers, texts, done, scores)
             if left_out:  # a module takes long to set an attribute
                 self.left_out += left_out
             if done == len(rows):
@@ -350,7 +360,8 @@ class FM(nn.Module):
         """
         pointers = self._map()
         columns = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends)
-        found: NDArray[np.float32] = self._kernels.parts(*columns, pointers)
+        texts, _kept = self._read_texts(batch, np.arange(len(batch), dtype=np.int64))
+        found: NDArray[np.float32] = self._kernels.parts(*columns, pointers, texts)
         return found
 
     # -- for autograd --------------------------------------------------------------------------------------------------
@@ -410,8 +421,14 @@ class FM(nn.Module):
         row_of = torch.repeat_interleave(torch.arange(len(batch), device=device), lengths)  # (entries,)
         sums = parts.new_zeros(len(batch), self.dim + 1).index_add(0, row_of, parts)
         squares = parts.new_zeros(len(batch), self.dim + 1).index_add(0, row_of, parts**2)
+        for more in self._text_parts(batch):
+            sums, squares = sums + more, squares + more**2
         pairs = (sums[:, : self.dim] ** 2 - squares[:, : self.dim]).sum(dim=1) / 2
         return self.bias + sums[:, self.dim] + pairs
+
+    def _text_parts(self, batch: Batch) -> Sequence[Tensor]:
+        """Of each text, float32 `(rows, dim + 1)`: its vectors and what is linear; here, of none."""
+        return ()
 
     @property
     def factors(self) -> Tensor:

@@ -47,7 +47,7 @@ def logits(model: FM, shared: Floats, items: Floats, places: Places) -> Floats:
     `items`: float32 `(rows, dim + 1)`; `places`: int64 `(n,)`, which of them. A logit that is not finite is the bias,
     as `FM.predict` has it. Raises `IndexError` where there is no such row.
     """
-    found: Floats = _kernels_of(model.dim).logits(shared, items, places, np.float32(model.bias.item()))
+    found: Floats = _kernels_of(items.shape[1] - 1).logits(shared, items, places, np.float32(model.bias.item()))
     if len(found) != len(places):
         raise _no_such_place(items, places)
     return found
@@ -84,7 +84,7 @@ def best(model: FM, shared: Floats, items: Floats, places: Places, k: int | None
     k = count if k is None else min(k, count)
     if _sorts(k, count):
         return in_order(logits(model, shared, items, places), k)
-    held, where, found = _kernels_of(model.dim).best(shared, items, places, np.float32(model.bias.item()), k)
+    held, where, found = _kernels_of(items.shape[1] - 1).best(shared, items, places, np.float32(model.bias.item()), k)
     if held == NO_SUCH_PLACE:
         raise _no_such_place(items, places)
     return where, found
@@ -108,7 +108,9 @@ def top(
         codes = coded(items)
     if codes.codes.shape != (-(-len(items) // TILE), items.shape[1], TILE):
         raise ConfigError(f"{len(items)} items have other codes than {codes.codes.shape}: pass coded(items)")
-    places, found = _kernels_of(model.dim).top(shared, items, np.float32(model.bias.item()), k, skipped, *codes)
+    places, found = _kernels_of(items.shape[1] - 1).top(
+        shared, items, np.float32(model.bias.item()), k, skipped, *codes
+    )
     return places, found
 
 

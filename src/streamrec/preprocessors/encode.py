@@ -72,7 +72,9 @@ class Encoder:
         self._columns = [(f, _column(f)) for f in chosen if isinstance(f, Id)]
         self._numbers = [(f, _column(f)) for f in chosen if isinstance(f, Number)]
         self._lists = [(f, _column(f)) for f in chosen if isinstance(f, Ids)]
-        self._texts = [(f, _column(f)) for f in chosen if isinstance(f, Text)]
+        every = [f for f in schema if isinstance(f, Text)]
+        self._texts = [(place, f, _column(f)) for place, f in enumerate(every) if f in chosen]
+        self._text_fields = len(every)
         single = [f for f in chosen if isinstance(f, (Id, Number))]
         offsets = {f.name: offset for offset, f in enumerate(single)}
         numbers = [f for f, _ in self._numbers]
@@ -186,8 +188,8 @@ class Encoder:
         self, impressions: Sequence[Impression], features: Sequence[Mapping[str, Any]], problems: list[Problem]
     ) -> tuple[Sequence[str], NDArray[np.int32]]:
         distinct: dict[str, int] = {}
-        refs = np.full((len(impressions), len(self._texts)), -1, dtype=np.int32)
-        for place, (field, column) in enumerate(self._texts):
+        refs = np.full((len(impressions), self._text_fields), -1, dtype=np.int32)
+        for place, field, column in self._texts:
             for row, value in enumerate(column(impressions, features)):
                 if isinstance(value, str):
                     refs[row, place] = distinct.setdefault(value, len(distinct))

@@ -79,7 +79,7 @@ def with_parts(
     catalogue: Catalogue, model: Model, sides: Callable[[frozenset[str]], Sides], batch: Batch | None
 ) -> tuple[Catalogue, Sequence[Problem]]:
     """The catalogue by this model; `batch`: as it was encoded before, if it was, by the same schema."""
-    if type(model) is not FM:
+    if not isinstance(model, FM):
         return catalogue._replace(by_fm=None), ()
     problems: Sequence[Problem] = ()
     if batch is None:

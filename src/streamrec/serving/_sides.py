@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from streamrec.batch import Batch
 from streamrec.events import Impression
 from streamrec.preprocessors import Encoder
@@ -31,13 +29,4 @@ def encoded_in_blocks(side: Encoder, blocks: Iterable[Sequence[Impression]]) -> 
         batch, found = side(block)
         batches.append(batch)
         problems += found
-    lengths = np.concatenate([batch.ends - batch.starts for batch in batches])
-    ends = np.cumsum(lengths)
-    whole = Batch(
-        np.concatenate([batch.ids for batch in batches]),
-        np.concatenate([batch.values for batch in batches]),
-        np.concatenate([batch.fields for batch in batches]),
-        ends - lengths,
-        ends,
-    )
-    return whole, problems
+    return Batch.concatenated(batches), problems

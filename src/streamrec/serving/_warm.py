@@ -27,7 +27,7 @@ def warm(model: Model, encoder: Encoder, sides: Callable[[frozenset[str]], Sides
     for one in shown:
         model.predict(encoder([one]).batch)
     model.predict(encoder(shown).batch)
-    if type(model) is not FM:
+    if not isinstance(model, FM):
         return
     for one in shown:
         some = sides(frozenset())

@@ -176,7 +176,7 @@ class Scorer:
         serving = self._serving
         model, catalogue = serving.model, serving.catalogue
         shared = {} if features is None else features
-        if type(model) is not FM:
+        if not isinstance(model, FM):
             scores = self._score(serving, [_impression(catalogue, user, one, shared) for one in candidates])
             order = np.argsort(-scores, kind="stable")[:k]
             return paired((item_of(candidates[place]) for place in order.tolist()), scores[order])
@@ -269,7 +269,7 @@ class Scorer:
         most = len(catalogue.items) - len(skipped)
         k = most if k is None else min(k, most)
         shared = {} if features is None else features
-        if catalogue.by_fm is None or type(serving.model) is not FM:
+        if catalogue.by_fm is None or not isinstance(serving.model, FM):
             scores = self._score_catalogue(serving, catalogue, user, shared)
             places = np.delete(np.arange(len(scores)), skipped)
             places = places[np.argsort(-scores[places], kind="stable")[:k]]

@@ -72,7 +72,7 @@ def scorer_of(where: Reference, sent: Any, catalogue: Any) -> Scorer:
         else:
             if not isinstance(sent, FM):
                 raise StoreError("score takes an FM or a store where one is published")
-            described = {"type": "FM", "schema": sent.schema.to_dict(), "config": sent.config()}
+            described = {"type": type(sent).__name__, "schema": sent.schema.to_dict(), "config": sent.config()}
             state = sent.published()
         private = Store(f"memory://{where.key}")
         private.versions.write({"model": state}, {"model": described})
