@@ -111,6 +111,7 @@ ERRORS = {
 }
 # What remembers in ways of its own, and the test that holds it to them.
 ELSEWHERE = {
+    "BertCTR": "models/test_bert_ctr.py::test_contract",
     "BertFM": "models/test_bert_fm.py::test_it_keeps_the_contract_of_models",
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",
     "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",

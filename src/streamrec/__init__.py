@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from streamrec.models import SGD as SGD
     from streamrec.models import Adagrad as Adagrad
     from streamrec.models import Adam as Adam
+    from streamrec.models import BertCTR as BertCTR
     from streamrec.models import BertFM as BertFM
     from streamrec.models import Taste as Taste
     from streamrec.models import TextCache as TextCache
@@ -92,7 +93,7 @@ _HOME = {
         "Slices",
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
-    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "BertFM", "Taste", "TextCache", "TextEncoder"),
+    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "BertCTR", "BertFM", "Taste", "TextCache", "TextEncoder"),
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),

@@ -98,7 +98,7 @@ def _fetch(uri: str, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load reports: what they would warn of is raised here."""
     from transformers.utils import logging as talk
 
@@ -121,7 +121,7 @@ def load(folder: str, named: str) -> tuple[Any, Any, tuple[str, ...]]:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             module, report = _module(AutoModel, folder)
         except Exception as error:  # of whichever library reads the files, of many types
@@ -133,7 +133,7 @@ def load(folder: str, named: str) -> tuple[Any, Any, tuple[str, ...]]:
     missing = sorted(key for key in report["missing_keys"] if not _HEADS.search(key))
     if missing:
         raise ConfigError(
-            f"the checkpoint in {named} lacks {_some(missing)}, which would be random numbers: its config.json is "
+            f"the checkpoint in {named} lacks {some(missing)}, which would be random numbers: its config.json is "
             "of another model, or it was not written whole"
         )
     left = tuple(sorted(report["unexpected_keys"]))
@@ -142,7 +142,7 @@ def load(folder: str, named: str) -> tuple[Any, Any, tuple[str, ...]]:
     body = [key for key in body if ours & set(key.split(".")[:2])]
     if body:
         raise ConfigError(
-            f"the checkpoint in {named} has {_some(body)} that its config.json does not know, such as layers beyond "
+            f"the checkpoint in {named} has {some(body)} that its config.json does not know, such as layers beyond "
             f"its {getattr(module.config, 'num_hidden_layers', 'number')}: its vectors would not be that model's"
         )
     return module, tokenizer, left
@@ -159,7 +159,7 @@ def _module(auto: Any, folder: str) -> tuple[Any, Any]:
     return module.to(torch.float32).eval(), report
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from streamrec.errors import ConfigError
-from streamrec.models import FM, BertFM
+from streamrec.models import FM, BertCTR, BertFM
 from streamrec.preprocessors import Encoder
 from streamrec.protocols import Model, State
 from streamrec.schema import Schema
@@ -19,7 +19,11 @@ from streamrec.storage import Shelf, Version
 
 __all__ = ["Loader", "Serving"]
 
-MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {"FM": FM.from_config, "BertFM": BertFM.from_config}
+MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {
+    "FM": FM.from_config,
+    "BertCTR": BertCTR.empty,
+    "BertFM": BertFM.from_config,
+}
 """What a scorer can build from a version alone."""
 
 
