@@ -139,6 +139,16 @@ def test_neither_workers_nor_threads_change_what_comes_out(client: Any, rows: sr
     assert told(other) != told(two)
 
 
+def test_a_search_takes_the_files_it_is_given(client: Any, rows: sr.EncodedRows, tmp_path: Path) -> None:
+    space = {"dim": dask.Choice((4,)), "optimizer.lr": dask.Choice((0.05,))}
+    some = rows.only([1, 2, 3])
+    found = dask.search(client, space, some, store=tmp_path, halving=dask.Halving(1, rounds=1), metrics=[sr.AUC()])
+    _, metrics = by_hand(some, found.best.params, 1.0)
+    assert found.best.metrics == pytest.approx(metrics, rel=1e-12)
+    with pytest.raises(sr.ConfigError, match="holds another search: data was"):
+        dask.search(client, space, rows, store=tmp_path, halving=dask.Halving(1, rounds=1))
+
+
 def test_optuna_chooses_the_points_the_same_each_time(client: Any, rows: sr.EncodedRows, tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -328,6 +328,9 @@ def test_encoded_rows_are_as_written(tmp_path: Path) -> None:
     rows = dataset(str(tmp_path), examples, files=4)
     assert len(rows) == 1000 and rows.span() == (START, START + 999) and rows.counts == {"duplicate": 2}
     assert len(rows.only([1, 2])) == 500 and rows.only([1]).span() == (START + 250, START + 499)
+    assert rows.only([1, 2]).since(START + 499.5).span() == (START + 500, START + 749) and not len(
+        rows.since(START + 1e4)
+    )
     read, sizes = [], random.Random(0)
     while (part := rows.read(sizes.randrange(1, 400))) is not None:
         read.append(part)

@@ -100,6 +100,10 @@ class EncodedRows:
         """A source over these of its files alone, at its first row."""
         return _reopened(self.uri, places)
 
+    def since(self, time: float) -> EncodedRows:
+        """A source over those of its files that have rows of this event time or later, at its first row."""
+        return _reopened(self.uri, [self.parts.index(part) for part in self._chosen if part.last >= time])
+
     def read(self, limit: int) -> LabeledRows | None:
         """The next rows, `limit` of them unless it ends before; None at the end."""
         if limit < 1:

@@ -15,7 +15,7 @@ import msgspec
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results
+from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results, told
 from streamrec.adapters.dask._space import Choice, Params, Points, RandomPoints, Real, Space, Whole
 from streamrec.adapters.dask._trial import FMs, Make, Outcome, Told, run_trial
 from streamrec.adapters.dask._trials import Trial, Trials, plain_params
@@ -195,7 +195,8 @@ class _Run:
         outcomes = self.saved.rounds[number]
         missing = [one for one in chosen if str(one) not in outcomes]
         bar.update(len(chosen) - len(missing))
-        threads = max(1, sum(self._client.nthreads().values()))
+        with told(self._client):
+            threads = max(1, sum(self._client.nthreads().values()))
         died: list[int] = []
         # no more at a time than are worked on: where a worker dies, all that waits there is suspected too
         for one, outcome in self._tried(number, missing, params, threads):
@@ -263,9 +264,9 @@ def _check(space: Space, rows: EncodedRows, validation: float) -> None:
 
 def _settings(space: Space, rows: EncodedRows, halving: Halving, points: Points, validation: float) -> dict[str, str]:
     """What the outcomes depend on, but for `make`, which nobody can compare."""
-    names = " ".join(part.name for part in rows.parts).encode()
+    data = f"{' '.join(part.name for part in rows.parts)} {len(rows)} {rows.span()}"
     return {
-        "data": hashlib.sha256(names).hexdigest()[:16],
+        "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         "space": re.sub(r" at 0x[0-9a-f]+", "", repr(dict(space))),
         "halving": repr(halving),
         "points": repr(points),

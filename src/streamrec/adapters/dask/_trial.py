@@ -102,7 +102,7 @@ class _Newest:
         split = last - validation * (last - first)
         self._since = -np.inf if budget >= 1 else split - budget * (split - first)
         self._whole_span = span
-        self._rows = rows.only([place for place, part in enumerate(rows.parts) if part.last >= self._since])
+        self._rows = rows.since(self._since)
         self._model = model
         self.schema = rows.schema
 
