@@ -73,6 +73,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "JsonLines": lambda folder: sr.JsonLines(folder / "*.jsonl"),
     "Push": lambda folder: pushed(folder / "log"),
     "Parquet": lambda folder: in_parquet(folder / "rows"),
+    "Merged": lambda folder: sr.Merged({"lines": sr.JsonLines(folder / "*.jsonl"), "memory": sr.Memory(SHOWN)}),
     "Csv": lambda folder: in_csv(folder / "a.csv"),
 }
 STAGES: dict[str, Callable[[], Stage]] = {

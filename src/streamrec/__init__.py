@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from streamrec.sources import Csv as Csv
     from streamrec.sources import JsonLines as JsonLines
     from streamrec.sources import Memory as Memory
+    from streamrec.sources import Merged as Merged
     from streamrec.sources import Parquet as Parquet
     from streamrec.sources import Push as Push
     from streamrec.storage import EncodedRows as EncodedRows
@@ -97,7 +98,7 @@ _HOME = {
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
-    "sources": ("Csv", "JsonLines", "Memory", "Parquet", "Push"),
+    "sources": ("Csv", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
     "storage": ("EncodedRows", "Store"),
     "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
 }

@@ -4,7 +4,8 @@ from streamrec.sources.csv import Csv
 from streamrec.sources.json_lines import JsonLines
 from streamrec.sources.kafka import Kafka
 from streamrec.sources.memory import Memory
+from streamrec.sources.merged import Merged
 from streamrec.sources.parquet import Parquet
 from streamrec.sources.push import Push
 
-__all__ = ["Csv", "JsonLines", "Kafka", "Memory", "Parquet", "Push"]
+__all__ = ["Csv", "JsonLines", "Kafka", "Memory", "Merged", "Parquet", "Push"]

@@ -126,6 +126,13 @@ class Link:
             self._loop.call_soon_threadsafe(self._room.set)
         return taken
 
+    def filled(self, seconds: float) -> bool:
+        """Whether there is a message or an error to be taken, waiting for so many seconds."""
+        with self._changed:
+            if not self._buffer and self._error is None and not self._done and seconds > 0:
+                self._changed.wait(seconds)
+            return bool(self._buffer) or self._error is not None or self._done
+
     def close(self) -> None:
         if not self._thread.is_alive():
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -109,6 +110,7 @@ class Kafka:
         self._asked: dict[Partition, int] | None = None  # the last one asked for: the group's offsets follow it
         self._committed: dict[Partition, int] | None = None
         self._closed = threading.Event()
+        self._since: float | None = None  # when `wait` began to find nothing
 
     def __repr__(self) -> str:
         return f"Kafka({list(self._plan.topics)!r}, {self._plan.servers!r})"
@@ -168,8 +170,30 @@ class Kafka:
     def _take(self, link: Link, limit: int) -> list[Chunk]:
         if not self._plan.follow:
             return link.take(limit, None)
+        idle, self._since = self._left(), None
         with signalled() as stopped:
-            return link.take(limit, self._idle, lambda: self._closed.is_set() or stopped())
+            return link.take(limit, idle, lambda: self._closed.is_set() or stopped())
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the next `read` returns at once; False where that has not come in so many seconds."""
+        if not self._plan.follow:
+            return True
+        if self._open().filled(seconds) or self._closed.is_set():
+            return True
+        if self._since is None:
+            self._since = time.monotonic() - seconds
+        return self._left() == 0.0
+
+    def _left(self) -> float | None:
+        """How long a read may still wait for a message."""
+        if self._idle is None or self._since is None:
+            return self._idle
+        return max(0.0, self._since + self._idle - time.monotonic())
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether messages come in the same order each time, which those of several partitions do not."""
+        return len(self._plan.topics) == 1 and self._plan.partitions is not None and len(self._plan.partitions) == 1
 
     def position(self) -> Position:
         """`{topic: {partition: offset}}`, of the next message of each partition. Connects, if that has not been."""
