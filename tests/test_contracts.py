@@ -116,6 +116,7 @@ ELSEWHERE = {
     "BertFM": "models/test_bert_fm.py::test_it_keeps_the_contract_of_models",
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",
     "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",
+    "HttpPoll": "sources/test_http_poll.py::test_contract_over_pages",
     "EncodedRows": "trainers/test_batch_trainer.py::test_encoded_rows_are_as_written",
     "Gate": "trainers/test_gate.py::test_a_run_that_broke_decides_what_it_would_have",
     "JoinedEvents": "trainers/test_batch_trainer.py::test_batch_first_then_stream_equals_the_stream",

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from streamrec.serving import Ranked as Ranked
     from streamrec.serving import Scorer as Scorer
     from streamrec.sources import Csv as Csv
+    from streamrec.sources import HttpPoll as HttpPoll
     from streamrec.sources import JsonLines as JsonLines
     from streamrec.sources import Memory as Memory
     from streamrec.sources import Merged as Merged
@@ -98,7 +99,7 @@ _HOME = {
     "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
     "schema": ("Id", "Ids", "Number", "Schema", "Text"),
     "serving": ("Candidate", "Ranked", "Scorer"),
-    "sources": ("Csv", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
+    "sources": ("Csv", "HttpPoll", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
     "storage": ("EncodedRows", "Store"),
     "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
 }
