@@ -7,15 +7,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from types import TracebackType
 from typing import Any
 
 import msgspec
-from typing_extensions import Self
 
 from streamrec._event_columns import Layout, Named
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Event, Feedback, Impression, Item, Labeled, Position
+from streamrec.sources._closing import Closing
 from streamrec.sources._files import Files, place
 from streamrec.sources._lines import Lines
 from streamrec.sources._readers import DamagedGzip, find, opened
@@ -25,7 +24,7 @@ __all__ = ["Csv"]
 _MAX_RECORD = 1 << 20
 
 
-class Csv:
+class Csv(Closing):
     """A source over local files of comma-separated values, in UTF-8, resumable at every row.
 
     `path`: a file, or a pattern such as `"exports/*.csv.gz"`, whose files are read one after the other, sorted by name;
@@ -64,17 +63,6 @@ class Csv:
         self._lists = dict(lists or {})
         self._delimiter = delimiter
         self._source = self._files = Files(find(path), chunk=self._chunk, form=self._form)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the open file, if any. The position stays; a later `read` opens the file again."""

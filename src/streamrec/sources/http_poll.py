@@ -11,15 +11,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
-from types import TracebackType
 from typing import NamedTuple, Union
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import msgspec
-from typing_extensions import Self
 
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Event, Item, Position, decode_event
+from streamrec.sources._closing import Closing
 from streamrec.sources._lines import letter, read_one
 from streamrec.sources._waiting import Waiting
 
@@ -51,7 +50,7 @@ class Settings(NamedTuple):
     rng: random.Random
 
 
-class HttpPoll:
+class HttpPoll(Closing):
     """A source over a JSON API that gives events by pages, each with the cursor of the next.
 
     `GET url?cursor=...` answers `{"events": [...], "next": ...}`; the first request has no cursor. Other names:
@@ -136,17 +135,6 @@ class HttpPoll:
 
     def __repr__(self) -> str:
         return f"HttpPoll({self.url!r})"  # no headers: they may hold a token
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """End a `read` that waits; later ones return the empty list until `seek`. A request under way is left alone."""

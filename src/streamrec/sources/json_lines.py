@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import TracebackType
-
-from typing_extensions import Self
 
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Item, Position, decode_event
+from streamrec.sources._closing import Closing
 from streamrec.sources._files import Files, place
 from streamrec.sources._follow import Followed
 from streamrec.sources._lines import Json
@@ -18,7 +16,7 @@ from streamrec.sources._readers import find
 __all__ = ["JsonLines"]
 
 
-class JsonLines:
+class JsonLines(Closing):
     """A source over local files that hold one event a line, resumable at every line.
 
     `path`: a file, or a pattern such as `"logs/*.jsonl.gz"`, whose files are read one after the other, sorted by
@@ -75,17 +73,6 @@ class JsonLines:
             if value is not None:
                 raise ConfigError(f"{name}={value!r} is for a log that is followed: add follow=True")
         self._source = Files(find(path), chunk=self._chunk, form=lambda path: (form, 0))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the open file, if any. The position stays; a later `read` opens the file again.
