@@ -132,6 +132,32 @@ def test_neither_batches_nor_threads_change_a_vector(request: pytest.FixtureRequ
         torch.set_num_threads(before)
 
 
+def test_int8_by_ctranslate2(minilm: TextEncoder) -> None:
+    encoder = TextEncoder(minilm.model, backend="ctranslate2")
+    texts = [*TITLES, *WORDS, " ".join(WORDS)]
+    vectors, exact = encoder.embed([*texts, None, ""]), minilm.embed(texts)
+    assert encoder.precision == "int8" and encoder.version != minilm.version and not vectors[len(texts) :].any()
+    vectors = vectors[: len(texts)]
+    likeness = (vectors * exact).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(exact, axis=1)
+    assert likeness.min() > 0.97 and np.median(likeness) > 0.99
+    for cut in (1, 4, 17):
+        np.testing.assert_array_equal(np.concatenate([encoder.embed(texts[:cut]), encoder.embed(texts[cut:])]), vectors)
+    for n in range(0, len(texts), 6):
+        np.testing.assert_array_equal(encoder.embed([texts[n]])[0], vectors[n])
+
+
+def test_ctranslate2_follows_weights_that_learn(folder: Path) -> None:
+    encoder = TextEncoder(folder, backend="ctranslate2")
+    before = encoder.embed(["wine"])
+    with torch.no_grad():
+        for weight in encoder.module.parameters():
+            weight.mul_(1.1)
+    after = encoder.embed(["wine"])
+    assert not np.array_equal(after, before)
+    encoder.save_pretrained(folder.parent / "learned")
+    np.testing.assert_array_equal(TextEncoder.from_pretrained(folder.parent / "learned").embed(["wine"]), after)
+
+
 def test_texts_that_say_nothing_have_the_zero_vector(encoder: TextEncoder) -> None:
     vectors = encoder.embed([*NOTHING, "wine", *NOTHING])
     assert not vectors[: len(NOTHING)].any() and not vectors[-len(NOTHING) :].any()
@@ -302,7 +328,8 @@ def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path, minilm: Text
     ("arguments", "said"),
     [
         ({"pooling": "max"}, "pooling must be"),
-        ({"precision": "int3"}, "precision must be"),
+        ({"precision": "int8"}, 'float32, bfloat16 with backend="torch"'),
+        ({"backend": "onnx"}, "backend must be"),
         ({"max_tokens": 2}, "max_tokens must be"),
         ({"max_tokens": 65}, "max_tokens must be 64 at most"),
         ({"batch_tokens": 0}, "batch_tokens"),

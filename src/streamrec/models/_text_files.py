@@ -13,7 +13,7 @@ from typing import Any
 
 from streamrec.errors import ConfigError
 
-__all__ = ["HUB_SECONDS", "load", "local", "most_tokens", "require_fit", "resolved"]
+__all__ = ["HUB_SECONDS", "load", "local", "most_tokens", "quiet", "require_fit", "resolved"]
 
 HUB_SECONDS = 5.0
 """How long the hub may take to say whether it has a model."""

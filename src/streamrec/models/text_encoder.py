@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from streamrec.errors import ConfigError
 from streamrec.models import _text_files
+from streamrec.models._text_ctranslate2 import CTranslate2
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["TextEncoder", "normalised"]
 
 POOLINGS = ("mean", "cls", "none")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = {"torch": ("float32", "bfloat16"), "ctranslate2": ("int8",)}
 SETTINGS = "streamrec.json"
 USUAL_TOKENS = 128
 CHARACTERS = 32
@@ -57,8 +58,10 @@ class TextEncoder:
 
     `model`: a folder, an fsspec URI of one, or a name on the hub. `pooling`: "mean" or "cls" of the last layer, or
     "none": `states` only. `prefix` is put before every text, as E5 wants ("query: "). Texts are cut at `max_tokens`,
-    those of prefix and special tokens among them; None: 128, or what the model has positions for. `precision`:
-    "float32", or "bfloat16" for processors that have it. `compile`: by torch.compile, which takes most of a minute.
+    those of prefix and special tokens among them; None: 128, or what the model has positions for. `backend`:
+    "torch", or "ctranslate2", which `pip install "streamrec[ctranslate2]"` brings. `precision`: "float32"
+    or, for processors that have it, "bfloat16" with torch, "int8" with ctranslate2; None: the first. `compile`: by
+    torch.compile, which takes a minute.
     `threads`: how many batches of `batch_tokens` tokens are computed at a time, each of them by one thread.
 
     **A text's vector does not depend on the texts it comes with**: `embed([a, b])` is `embed([a])` and `embed([b])`,
@@ -80,15 +83,20 @@ class TextEncoder:
         pooling: str = "mean",
         prefix: str = "",
         max_tokens: int | None = None,
-        precision: str = "float32",
+        backend: str = "torch",
+        precision: str | None = None,
         compile: bool = False,
         threads: int = 1,
         batch_tokens: int = 4096,
     ) -> None:
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if backend not in PRECISIONS:
+            raise ConfigError(f"backend must be one of {', '.join(PRECISIONS)}, got {backend!r}")
+        precision = PRECISIONS[backend][0] if precision is None else precision
+        if precision not in PRECISIONS[backend]:
+            known = ", ".join(PRECISIONS[backend])
+            raise ConfigError(f'precision must be one of {known} with backend="{backend}", got {precision!r}')
         asked = (
             ("max_tokens", USUAL_TOKENS if max_tokens is None else max_tokens, 3),
             ("batch_tokens", batch_tokens, FEWEST_ROWS),
@@ -99,7 +107,8 @@ class TextEncoder:
                 raise ConfigError(f"{name} must be a whole number of {least} at least, got {value!r}")
         self.model = os.fspath(model)
         self.pooling, self.prefix = pooling, prefix
-        self.precision, self.compile, self.threads, self.batch_tokens = precision, compile, threads, batch_tokens
+        self.backend, self.precision, self.compile = backend, precision, compile
+        self.threads, self.batch_tokens = threads, batch_tokens
         self._module: torch.nn.Module
         with _text_files.local(model) as folder:
             self._module, self.tokenizer, self.ignored_weights = _text_files.load(folder, self.model)
@@ -111,14 +120,25 @@ class TextEncoder:
         _text_files.require_fit(self._module, self.tokenizer, self.model)
         self.hidden = int(self._module.config.hidden_size)  # type: ignore[union-attr,arg-type]
         self._special = len(self.tokenizer("", add_special_tokens=True)["input_ids"])
-        self._run: Any = self._module
-        if compile:
-            import torch
-
-            self._run = torch.compile(self._module, dynamic=True)
         self._lent = False
         self._seen: tuple[Any, ...] = ()
         self._version = ""
+        self._prepare()
+        if backend != "torch":
+            _ = self.version  # of the weights that were copied
+
+    def _prepare(self) -> None:
+        """Make ready what computes the last layer by the weights as they are now."""
+        self._run: Any
+        if self.backend == "ctranslate2":
+            self._run = CTranslate2(self._module, self.tokenizer, self.precision)
+            return
+        module: Any = self._module
+        if self.compile:
+            import torch
+
+            module = torch.compile(module, dynamic=True)
+        self._run = lambda ids: module(input_ids=ids).last_hidden_state
 
     @property
     def module(self) -> torch.nn.Module:
@@ -185,6 +205,8 @@ class TextEncoder:
         for n, ids in enumerate(tokens):
             if ids:
                 groups.setdefault(len(ids), []).append(n)
+        if self.backend != "torch":
+            _ = self.version  # a copy of the weights follows them
         device = next(self._module.parameters()).device
         parts: list[tuple[list[int], torch.Tensor]] = []
         for length in sorted(groups):
@@ -209,7 +231,7 @@ class TextEncoder:
         import torch
 
         with _one_thread(), torch.inference_mode(), _text_files.inside(self.precision, ids.device.type):
-            states: torch.Tensor = self._run(input_ids=ids).last_hidden_state
+            states: torch.Tensor = self._run(ids)
             return states
 
     @property
@@ -223,6 +245,8 @@ class TextEncoder:
             return self._version
         seen = tuple((name, weight._version) for name, weight in self._module.state_dict().items())
         if seen != self._seen or not self._version:
+            if self._version and self.backend != "torch":
+                self._prepare()  # which holds a copy of the weights
             self._version, self._seen = self._digest(), seen
         return self._version
 
@@ -232,6 +256,7 @@ class TextEncoder:
             "pooling": self.pooling,
             "prefix": self.prefix,
             "max_tokens": self.max_tokens,
+            "backend": self.backend,
             "precision": self.precision,
             "compile": self.compile,
             "tokenizer": self._tokenizer_text(),
@@ -262,7 +287,7 @@ class TextEncoder:
         return cls(**config)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("pooling", "prefix", "max_tokens", "precision", "compile", "threads", "batch_tokens")
+        names = ("pooling", "prefix", "max_tokens", "backend", "precision", "compile", "threads", "batch_tokens")
         return {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
