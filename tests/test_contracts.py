@@ -13,7 +13,7 @@ import pytest
 import streamrec as sr
 from streamrec._event_columns import table_of
 from streamrec.events import Event, encode_event
-from streamrec.preprocessors import Validate, encode
+from streamrec.preprocessors import Validate, encode, steps
 from streamrec.protocols import Metric, Model, Source, Stage, Stateful
 from streamrec.testing import check_metric, check_model, check_source, check_stage
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
@@ -78,8 +78,19 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 STAGES: dict[str, Callable[[], Stage]] = {
     "Dedup": lambda: sr.Dedup(ttl=60.0, capacity=20),
+    "Expect": lambda: sr.Expect(ranges={"price": (0.0, 6.0)}, allowed={"genres": ["a", "b", "c"]}),
     "Filter": lambda: sr.Filter(lambda event: not isinstance(event, sr.Feedback) or event.kind == "click"),
-    "LabelJoin": lambda: sr.LabelJoin(windows={"click": 20.0, "purchase": 50.0}, lateness=10.0, capacity=10),
+    "History": lambda: sr.History(kinds=["click", "purchase"], window=40.0, ttl=120.0, capacity=20),
+    "LabelJoin": lambda: sr.LabelJoin(
+        windows={"click": 20.0, "purchase": sr.After("click", 30.0)},
+        lateness=10.0,
+        capacity=10,
+        late="correct",
+        keep=20.0,
+    ),
+    "Pseudonymize": lambda: sr.Pseudonymize({0.0: b"k" * 16, START + 90.0: b"j" * 16}, fields=["user", "genres"]),
+    "RateLimit": lambda: sr.RateLimit(most=2, within=30.0, hold=20.0, capacity=4),
+    "Redact": lambda: sr.Redact(drop=["genres"], coarsen={"price": steps(5.0)}),
     "Validate": lambda: Validate(max_ahead=60.0),  # public in streamrec.preprocessors
 }
 MODELS: dict[str, Callable[..., Model]] = {
@@ -104,8 +115,8 @@ METRICS: dict[str, list[Callable[[], Metric]]] = {
 }
 # What flows and what configures: frozen, without memory.
 DATA = {
-    *("Batch", "Candidate", "DeadLetter", "Feedback", "Id", "Ids", "Impression", "Labeled", "Number", "Ranked"),
-    *("Report", "Schema", "Taste", "Text"),
+    *("After", "Batch", "Candidate", "DeadLetter", "Feedback", "Hour", "Id", "Ids", "Impression", "Labeled", "Number"),
+    *("Ranked", "Report", "Schema", "Taste", "Text", "Weekday"),
 }
 ERRORS = {
     *("ConfigError", "DamagedError", "FullError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
@@ -116,6 +127,7 @@ ELSEWHERE = {
     "BertFM": "models/test_bert_fm.py::test_it_keeps_the_contract_of_models",
     "BatchTrainer": "trainers/test_batch_trainer.py::test_a_training_that_broke_ends_as_one_that_did_not",
     "DeadLetters": "test_contracts.py::test_dead_letters_go_on_from_their_state",
+    "Archive": "storage/test_archive.py::test_a_run_that_is_killed_anywhere_archives_the_same",
     "HttpPoll": "sources/test_http_poll.py::test_contract_over_pages",
     "EncodedRows": "trainers/test_batch_trainer.py::test_encoded_rows_are_as_written",
     "Gate": "trainers/test_gate.py::test_a_run_that_broke_decides_what_it_would_have",
@@ -176,6 +188,7 @@ def test_data_is_frozen_and_remembers_nothing(name: str) -> None:
     schema = sr.Schema(sr.Id("user"))
     one = sr.Impression("i1", START, "u1", "p1")
     made: dict[str, Any] = {
+        "After": sr.After("click", 60.0),
         "Batch": encode(schema, [one]).batch,
         "Candidate": sr.Candidate("p1"),
         "DeadLetter": sr.DeadLetter({}, "lost"),
@@ -186,7 +199,7 @@ def test_data_is_frozen_and_remembers_nothing(name: str) -> None:
         "Report": sr.Report({}, {}),
         "Schema": schema,
         "Taste": sr.Taste(),
-        **{kind.__name__: kind("genres") for kind in (sr.Id, sr.Ids, sr.Number, sr.Text)},
+        **{kind.__name__: kind("genres") for kind in (sr.Hour, sr.Id, sr.Ids, sr.Number, sr.Text, sr.Weekday)},
         **{kind.__name__: kind() for kind in (sr.SGD, sr.Adagrad, sr.FTRL, sr.Adam)},
     }
     data = made[name]

@@ -43,15 +43,23 @@ if TYPE_CHECKING:
     from streamrec.models import Taste as Taste
     from streamrec.models import TextCache as TextCache
     from streamrec.models import TextEncoder as TextEncoder
+    from streamrec.preprocessors import After as After
     from streamrec.preprocessors import DeadLetters as DeadLetters
     from streamrec.preprocessors import Dedup as Dedup
+    from streamrec.preprocessors import Expect as Expect
     from streamrec.preprocessors import Filter as Filter
+    from streamrec.preprocessors import History as History
     from streamrec.preprocessors import LabelJoin as LabelJoin
+    from streamrec.preprocessors import Pseudonymize as Pseudonymize
+    from streamrec.preprocessors import RateLimit as RateLimit
+    from streamrec.preprocessors import Redact as Redact
+    from streamrec.schema import Hour as Hour
     from streamrec.schema import Id as Id
     from streamrec.schema import Ids as Ids
     from streamrec.schema import Number as Number
     from streamrec.schema import Schema as Schema
     from streamrec.schema import Text as Text
+    from streamrec.schema import Weekday as Weekday
     from streamrec.serving import Candidate as Candidate
     from streamrec.serving import Ranked as Ranked
     from streamrec.serving import Scorer as Scorer
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
     from streamrec.sources import Merged as Merged
     from streamrec.sources import Parquet as Parquet
     from streamrec.sources import Push as Push
+    from streamrec.storage import Archive as Archive
     from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
     from streamrec.trainers import BatchTrainer as BatchTrainer
@@ -96,11 +105,22 @@ _HOME = {
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
     "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "BertCTR", "BertFM", "Taste", "TextCache", "TextEncoder"),
-    "preprocessors": ("DeadLetters", "Dedup", "Filter", "LabelJoin"),
-    "schema": ("Id", "Ids", "Number", "Schema", "Text"),
+    "preprocessors": (
+        "After",
+        "DeadLetters",
+        "Dedup",
+        "Expect",
+        "Filter",
+        "History",
+        "LabelJoin",
+        "Pseudonymize",
+        "RateLimit",
+        "Redact",
+    ),
+    "schema": ("Hour", "Id", "Ids", "Number", "Schema", "Text", "Weekday"),
     "serving": ("Candidate", "Ranked", "Scorer"),
     "sources": ("Csv", "HttpPoll", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
-    "storage": ("EncodedRows", "Store"),
+    "storage": ("Archive", "EncodedRows", "Store"),
     "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}

@@ -149,3 +149,14 @@ def hash_bytes(value: bytes, seed: int = 0) -> int:
     '0xef46db3751d8e999'
     """
     return int(xxh64(np.frombuffer(value, dtype=np.uint8), 0, len(value), np.uint64(seed)))
+
+
+def id_of(field: str, value: str, seed: int = 0) -> int:
+    """The id by which rows hold a value of a field: XXH64 of its UTF-8, seeded by XXH64 of the field's name, which is
+    seeded by the schema's `seed`; as a signed 64-bit integer.
+
+    >>> id_of("user", "u1")
+    5213737755532190135
+    """
+    hashed = hash_bytes(value.encode("utf-8", "surrogatepass"), hash_bytes(field.encode(), seed))
+    return hashed - 2**64 if hashed >= 2**63 else hashed

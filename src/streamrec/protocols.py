@@ -21,6 +21,7 @@ from streamrec.schema import Schema
 __all__ = [
     "LEARN",
     "SCORE",
+    "WEIGH",
     "Changed",
     "Metric",
     "Model",
@@ -184,6 +185,10 @@ class Stage(Stateful, Protocol):
     """A step in front of the model: takes events in order and passes on those that shall go on, in order.
 
     `push([a, b])` equals `push([a]) + push([b])`. No I/O, no clock.
+
+    One that adds features a service must add as well has three more, and its state is published with the model:
+    `describe(impressions)`, which returns them with those features and remembers nothing; `published()`, the part of
+    the state that needs; `config()`, with `from_config()`, by which a scorer builds it.
     """
 
     @property
@@ -233,6 +238,10 @@ class Model(Stateful, Protocol):
 
 SCORE, LEARN = 1, 2
 """What `OrderedModel.step` does with a row: bits of its `ops`; 3 is score, then learn."""
+WEIGH = 4
+"""With `LEARN`: weigh by the score p before learning, without a gradient through it, a positive by 1 + p and a negative
+by (1 - p)(1 + p), so that negatives learned before their positives came leave no bias: the fake-negative weighted loss
+(Ktena et al. 2019). A label y between them counts as y of the one and 1 - y of the other."""
 
 
 @runtime_checkable
@@ -249,7 +258,8 @@ class OrderedModel(Model, Protocol):
     ) -> NDArray[np.float32]:
         """Carry out `ops[k]` (`SCORE`, `LEARN`, or both) on row `rows[k]`, for k in order.
 
-        All are `(operations,)`. Returns float32 `(operations,)`: the probability before learning.
+        All are `(operations,)`. Returns float32 `(operations,)`: the probability before learning. A model that knows
+        the bit `WEIGH` has an attribute `weighs` that is true; it is not given to others.
         Equals one call of `predict` or `learn` per operation, bit for bit.
         """
         ...

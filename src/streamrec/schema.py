@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from typing import Any, Union
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
 from streamrec.errors import SchemaError
 
-__all__ = ["Field", "Id", "Ids", "Number", "Schema", "Text"]
+__all__ = ["Field", "Hour", "Id", "Ids", "Number", "Schema", "Text", "Weekday", "seconds_of"]
 
 
 class _Values(msgspec.Struct, frozen=True, tag_field="field", repr_omit_defaults=True):
@@ -23,7 +27,7 @@ class _Values(msgspec.Struct, frozen=True, tag_field="field", repr_omit_defaults
         what = f"{type(self).__name__}({self.name!r})"
         if not (isinstance(admit, int) and 1 <= admit <= 255):
             raise SchemaError(f"{what}: admit must be a number of sightings from 1 to 255, got {admit!r}")
-        msgspec.structs.force_setattr(self, "ttl", _seconds(ttl, what))
+        msgspec.structs.force_setattr(self, "ttl", None if ttl is None else seconds_of(ttl, f"{what}: ttl"))
 
 
 class Id(_Values, frozen=True, tag="id"):
@@ -47,6 +51,47 @@ class Id(_Values, frozen=True, tag="id"):
         self._check(self.admit, self.ttl)
 
 
+class Hour(Id, frozen=True, tag="hour"):
+    """The hour of the day of the impression, of 24, as an id: read from its time, whatever its features say.
+
+    `zone`: "UTC", an offset such as "+05:30", or a place with its summer times, "Europe/Berlin".
+
+    >>> Hour(zone="Europe/Berlin").text(1_700_000_000.0)
+    '23'
+    """
+
+    name: str = "hour"
+    zone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _zone(self.zone)
+
+    def text(self, time: float) -> str:
+        """The value at a time, POSIX seconds: "0" to "23"."""
+        return _quarter(int(time // 900), self.zone)[0]
+
+
+class Weekday(Id, frozen=True, tag="weekday"):
+    """The day of the week of the impression as an id: read from its time, whatever its features say. `zone`: as in
+    `Hour`.
+
+    >>> Weekday().text(1_700_000_000.0)
+    'Tue'
+    """
+
+    name: str = "weekday"
+    zone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _zone(self.zone)
+
+    def text(self, time: float) -> str:
+        """The value at a time, POSIX seconds: "Mon" to "Sun"."""
+        return _quarter(int(time // 900), self.zone)[1]
+
+
 class Ids(_Values, frozen=True, tag="ids"):
     """Several categorical values: genres, tags.
 
@@ -68,17 +113,26 @@ class Ids(_Values, frozen=True, tag="ids"):
 class Number(msgspec.Struct, frozen=True, tag_field="field", tag="number"):
     """One number x. Absent and None are fine: "unknown" has a weight of its own.
 
-    `log`: use sign(x) log(1 + |x|). `scale`: divide by this. `standardize`: subtract the mean and divide by the
-    standard deviation of what the model has learned from so far. Those statistics are the model's state, saved and
-    published with it, so that encoding itself remembers nothing.
+    `since`: x is a time, POSIX seconds; use the seconds from it to the impression: the age of an item, the time since
+    a visit. `log`: use sign(x) log(1 + |x|). `scale`: divide by this. `standardize`: subtract the mean and divide by
+    the standard deviation of what the model has learned from so far. `quantile`: use its rank among them instead, from
+    -1.73 to 1.73, so that outliers move nothing. Those statistics are the model's state, saved and published with it,
+    so that encoding itself remembers nothing.
+
+    >>> Number("listed_at", since=True, log=True, quantile=True)
+    Number(name='listed_at', log=True, since=True, quantile=True)
     """
 
     name: str
     log: bool = False
     scale: float = 1.0
     standardize: bool = False
+    since: bool = False
+    quantile: bool = False
 
     def __post_init__(self) -> None:
+        if self.standardize and self.quantile:
+            raise SchemaError(f"Number({self.name!r}): standardize or quantile, not both")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise SchemaError(f"Number({self.name!r}): scale must be a finite number > 0, got {self.scale!r}")
 
@@ -92,19 +146,46 @@ class Text(msgspec.Struct, frozen=True, tag_field="field", tag="text"):
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
-def _seconds(ttl: float | str | None, what: str) -> float | None:
-    if ttl is None:
-        return None
-    seconds = ttl
-    if isinstance(ttl, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", ttl)
+def seconds_of(given: float | str, what: str) -> float:
+    """Seconds, of a number or of text such as "30d". Raises `SchemaError`, naming `what`, where it is neither."""
+    seconds = given
+    if isinstance(given, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", given)
         seconds = float(match[1]) * _UNITS[match[2]] if match else math.nan
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        raise SchemaError(f'{what}: ttl must be seconds > 0 or text such as "30d", "12h" or "90m", got {ttl!r}')
+        raise SchemaError(f'{what} must be seconds > 0 or text such as "30d", "12h" or "90m", got {given!r}')
     return float(seconds)
 
 
-Field = Union[Id, Ids, Number, Text]
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+@lru_cache(maxsize=256)
+def _zone(name: str) -> tzinfo:
+    offset = re.fullmatch(r"([+-])(\d\d):(\d\d)", name) if isinstance(name, str) else None
+    if offset:
+        minutes = int(offset[2]) * 60 + int(offset[3])
+        if minutes < 24 * 60:
+            return timezone(timedelta(minutes=-minutes if offset[1] == "-" else minutes))
+    elif name == "UTC":
+        return timezone.utc
+    else:
+        with suppress(ZoneInfoNotFoundError, ValueError, TypeError, OSError):
+            return ZoneInfo(name)
+    raise SchemaError(
+        f'zone must be "UTC", an offset such as "+05:30", or a place such as "Europe/Berlin", got {name!r}; where this '
+        "system knows no places: pip install tzdata"
+    )
+
+
+@lru_cache(maxsize=4096)  # zones change by the quarter of an hour at the finest
+def _quarter(number: int, zone: str) -> tuple[str, str]:
+    """The hour and the day of the week in the n-th quarter of an hour since 1970."""
+    there = datetime.fromtimestamp(number * 900, _zone(zone))
+    return str(there.hour), _DAYS[there.weekday()]
+
+
+Field = Union[Id, Hour, Weekday, Ids, Number, Text]
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -132,6 +213,8 @@ class Schema:
                 raise SchemaError(f"a field is an Id, Ids, Number or Text, got {field!r}")
             if not isinstance(field.name, str) or not field.name:
                 raise SchemaError(f"a field needs a name, got {field!r}")
+            if isinstance(field, (Hour, Weekday)) and field.name in ("user", "item"):
+                raise SchemaError(f"{field!r}: {field.name!r} is read from the impression; take another name")
         names = [field.name for field in fields]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -145,6 +228,15 @@ class Schema:
     def names(self) -> tuple[str, ...]:
         """The names of the fields, in order."""
         return tuple(field.name for field in self.fields)
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The names of the fields whose values depend on the time of the impression."""
+        return tuple(
+            field.name
+            for field in self.fields
+            if isinstance(field, (Hour, Weekday)) or (isinstance(field, Number) and field.since)
+        )
 
     def __len__(self) -> int:
         return len(self.fields)

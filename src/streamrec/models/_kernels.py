@@ -19,12 +19,13 @@ import numpy as np
 from streamrec._compile import compiled
 from streamrec._pointers import held, held_rows, touch
 from streamrec.models._hash_table import FREED, HAND, SIGHTED, USED, insert, lookup, release, room
+from streamrec.models._numbers import as_seen, observe
 from streamrec.models._sums import dot, total
 from streamrec.models._text_kernels import NO_SHAPE, Shape, texts_of
 from streamrec.models._updates import LARGEST, bounded, first_factor, updates_of
-from streamrec.protocols import LEARN
+from streamrec.protocols import LEARN, WEIGH
 
-__all__ = ["MISFIT", "NO_ROOM", "Kernels", "first_factors", "kernels_of", "located", "normalized", "width_of"]
+__all__ = ["MISFIT", "NO_ROOM", "Kernels", "first_factors", "kernels_of", "located", "width_of"]
 
 MISFIT = -1
 NO_ROOM = -3.0
@@ -35,7 +36,7 @@ FREE_ROW = -np.inf  # in place of the time at which a row expires
 # Places in the list of pointers that all loops are given.
 SLOTS, OLD, OWNERS, HEAD, TABLE, TOUCHED, EXPIRY, BIAS, BIAS_MEMORY, STANDARDIZE, STATISTICS, CLOCK = range(12)
 ADMIT, TTL, NEW_IDS, SKETCH, NUMBERS, ARRAYS = range(12, 18)
-SEED = 2 * ARRAYS
+SEED, WIDTH = 2 * ARRAYS, 2 * ARRAYS + 1  # WIDTH: columns of the statistics
 
 
 @compiled()
@@ -64,36 +65,6 @@ def located(ids: Any, fields: Any, slots: Any, old: Any, expiry: Any, now: float
         found[0, i] = max(row, -1)
         found[1, i] = key
     return found
-
-
-@compiled(inline=True)
-def _standardized(value: Any, field: int, stats: Any) -> Any:
-    """(value - mean) / standard deviation, by what was learned so far; within ±10; 0 while there is no deviation."""
-    if not math.isfinite(value):
-        return np.float32(np.nan)  # so that its row is left out
-    if stats[field, 0] < 2.0 or stats[field, 2] <= 0.0:
-        return np.float32(0.0)
-    scaled = (value - stats[field, 1]) / math.sqrt(stats[field, 2] / stats[field, 0])
-    return np.float32(min(max(scaled, -10.0), 10.0))
-
-
-@compiled()
-def normalized(values: Any, fields: Any, standardize: Any, stats: Any) -> Any:
-    """float32 `(entries,)`: values as the model sees them, those of standardised fields by their running statistics."""
-    seen = values.copy()
-    for i in range(len(values)):
-        if standardize[fields[i]]:
-            seen[i] = _standardized(values[i], fields[i], stats)
-    return seen
-
-
-@compiled(inline=True)
-def _observe(value: Any, field: int, stats: Any) -> None:
-    """Take a value into a field's running count, mean and sum of squares (Welford 1962)."""
-    stats[field, 0] += 1.0
-    before = value - stats[field, 1]
-    stats[field, 1] += before / stats[field, 0]
-    stats[field, 2] += before * (value - stats[field, 1])
 
 
 @compiled(inline=True)
@@ -161,7 +132,7 @@ def kernels_of(
             held(pointers, ADMIT, np.int64),
             held(pointers, NEW_IDS, np.int64),
             held(pointers, STANDARDIZE, np.uint8),
-            held_rows(pointers, STATISTICS, 3, np.float64),
+            held_rows(pointers, STATISTICS, pointers[WIDTH], np.float64),
             held(pointers, NUMBERS, np.float32),
             np.uint64(pointers[SEED]),
         )
@@ -223,7 +194,7 @@ def kernels_of(
             key = ids[start + i]
             x = values[start + i]
             if len(standardize) > 0 and standardize[fields[start + i]]:
-                x = _standardized(x, fields[start + i], stats)
+                x = as_seen(x, standardize[fields[start + i]], fields[start + i], stats)
             xs[i] = x
             at = where[i] if known else -1
             if expires and at >= 0 and expiry[at] < now:
@@ -388,6 +359,9 @@ def kernels_of(
             if not learns:
                 continue
             g = (p - labels[k]) * weights[k]
+            if ops[k] & WEIGH:
+                one = np.float32(1.0)
+                g = (one - p) * (one + p) * (p - labels[k] * (one + p)) * weights[k]
             if not math.isfinite(g):
                 left_out += 1
                 continue
@@ -437,7 +411,7 @@ def kernels_of(
                 move_linear(w, dim, bounded(gx, LARGEST), w, linear_at, lnum)
                 move_factors(w, sums, bounded(gx, most), x, fnum, squares)
                 if len(standardize) > 0 and standardize[field]:
-                    _observe(values[start + i], field, stats)
+                    observe(values[start + i], standardize[field], field, stats)
             if expires:
                 clock[0] = now
                 # a slice of the table for every event, so that what expires does not depend on how calls are cut

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from streamrec._pointers import pointers_to
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, SchemaError
+from streamrec.hashing import id_of
 from streamrec.models import _kernels
 from streamrec.models._hash_table import HAND, SIGHTED
 from streamrec.models._memory import Rows
+from streamrec.models._numbers import MARKERS, MOMENTS, QUANTILE, STANDARDIZE, normalized
 from streamrec.models.id_table import IdTable
 from streamrec.models.optimizers import FTRL, Adagrad, Optimizer, optimizer_from_dict
 from streamrec.protocols import LEARN, SCORE, Changed, State
@@ -85,6 +87,7 @@ class FM(nn.Module):
         self.init = init
         self.seed = seed
         self.ids = IdTable()
+        self.weighs = True
         self.left_out = 0
         """Rows not learned because their logit or gradient was not finite."""
         rule, linear = self.optimizer, self.linear_optimizer
@@ -107,10 +110,11 @@ class FM(nn.Module):
         self.statistics: Tensor
         self.register_buffer("optimizer_rows", torch.empty(0, self._state_width))
         self.register_buffer("optimizer_bias", torch.zeros(max(self._linear_slots, 1)))
-        # float64 (fields, 3): count, mean, sum of squared deviations of the standardised numbers
-        self.register_buffer("statistics", torch.zeros(len(schema), 3, dtype=torch.float64))
-        standardize = [isinstance(f, Number) and f.standardize for f in schema]
-        self._standardize = np.array([*standardize, *(False for _ in schema)], dtype=np.uint8)  # unknown: never
+        # float64 (fields, columns): see `_numbers`
+        how = [_how(f) if isinstance(f, Number) else 0 for f in schema]
+        columns = MOMENTS + (2 * MARKERS if QUANTILE in how else 0)
+        self.register_buffer("statistics", torch.zeros(len(schema), columns, dtype=torch.float64))
+        self._standardize = np.array([*how, *(0 for _ in schema)], dtype=np.uint8)  # unknown: never
         self._rate = 1.0
         self._numbers = np.array([init * 3**0.5, *rule.numbers(), *linear.numbers()], dtype=np.float32)
         kinds = (rule.kind, linear.kind)
@@ -191,7 +195,7 @@ class FM(nn.Module):
             *(bias, memory, standardize, statistics, self._clock),
             *(self._admit, self._ttl, self._new_ids, self._sketch, self._numbers),
         )
-        self._pointers = pointers_to(arrays, self.seed)
+        self._pointers = pointers_to(arrays, self.seed, statistics.shape[1])
         return self._pointers
 
     def _make_room(self, more: int) -> None:
@@ -399,6 +403,24 @@ class FM(nn.Module):
         if isinstance(self.linear_optimizer, FTRL):
             self.optimizer_bias[0] = self.linear_optimizer.start(self.bias[0])
 
+    def forget(self, field: str, value: str) -> int:
+        """Take back the row of a value, as of a user who wants to be forgotten; return how many there were, 0 or 1.
+
+        It counts as new from now on. What others have learned from it stays, as does the field's mean.
+        """
+        known = np.array([id_of(field, value, self.schema.seed)], dtype=np.int64)
+        rows = self.ids.find(known)
+        if rows[0] < 0:
+            return 0
+        self._gather()
+        self.ids.release(known)
+        self._table.array[rows] = 0
+        self._touched.array[rows] = CHECKPOINT | PUBLISHED
+        if self._expires:
+            self._expiry.array[rows] = _kernels.FREE_ROW
+        self._pointers = None
+        return 1
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits, float32 `(rows,)`, on the parameters' device, differentiable in `weights` and `bias`.
 
@@ -408,7 +430,7 @@ class FM(nn.Module):
         where = batch.entries
         ids = batch.ids[where]
         statistics = self.statistics.cpu().numpy()
-        seen = _kernels.normalized(batch.values[where], batch.fields[where], self._standardize, statistics)
+        seen = normalized(batch.values[where], batch.fields[where], self._standardize, statistics)
         values = torch.from_numpy(seen).to(device)  # (entries,)
         tables = (self.ids.slots, self.ids.old, self._expiry.array, self._clock[0], self._admit, self._new_ids)
         located, ids = _kernels.located(ids, batch.fields[where], *tables)
@@ -586,8 +608,9 @@ class FM(nn.Module):
         statistics = state_dict[prefix + "statistics"]
         if statistics.shape != self.statistics.shape:
             raise SchemaError(
-                f"the saved model has {len(statistics)} fields, but this schema has {len(self.schema)}: "
-                f"{', '.join(self.schema.names)}; use the schema it was saved with"
+                f"the saved model has {len(statistics)} fields with {statistics.shape[1]} statistics each, but this "
+                f"schema has {len(self.schema)} with {self.statistics.shape[1]}: {', '.join(self.schema.names)}; use "
+                "the schema it was saved with"
             )
         optimizer_rows = state_dict.get(prefix + "optimizer_rows")
         if optimizer_rows is not None and tuple(optimizer_rows.shape) != (len(weights), self._state_width):
@@ -627,6 +650,11 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "init": config["init"],
         "seed": config["seed"],
     }
+
+
+def _how(number: Number) -> int:
+    """What is done with the values of a field, before they are multiplied with weights."""
+    return QUANTILE if number.quantile else STANDARDIZE if number.standardize else 0
 
 
 def _id_of_new(name: str, seed: int) -> int:

@@ -2,8 +2,10 @@
 
 An open impression is a row of `opens`: first in the heap `recent`; behind the watermark, where none can come before it
 any more, in the queue of the kind whose window closes next. So the heap is as small as the lateness, however long the
-windows are. Feedback that waits for its impression is a row of `earlies`: those of one impression are chained by `next`
-from the one in the table, and all are in the heap `expiring`. Free rows are chained by `next` too.
+windows are. Feedback that waits for its impression, or for the feedback that its window begins with, is a row of
+`earlies`: those of one impression are chained by `next` from the one in the table, and all are in the heap `expiring`.
+Free rows are chained by `next` too. Where labels may be corrected there is one queue more, of what has all its labels
+and is kept for that.
 """
 
 from __future__ import annotations
@@ -19,19 +21,30 @@ from streamrec.preprocessors._keyed_rows import EMPTY, KEY, find, key_of, pop, p
 
 __all__ = [
     "ARRIVALS",
+    "AS_LABEL",
+    "AS_WEIGHT",
+    "AT_ONCE",
+    "BASE",
     "CLOSED",
+    "CORRECTED",
+    "CORRECTION",
     "EARLY",
     "FOREVER",
     "FREE_EARLY",
     "FREE_OPEN",
+    "LABEL",
     "NUMBERS",
     "OPEN",
     "OPENED",
     "PASSED",
+    "PLAIN",
     "REASONS",
     "RECENT",
     "SHOWN",
+    "TIME_COLUMN",
     "UNKNOWN",
+    "USE",
+    "VALUE_COLUMN",
     "WAITING",
     "advance",
     "advance_one",
@@ -45,9 +58,10 @@ OPEN = np.dtype(
         *KEY,
         ("time", np.float64),
         ("arrival", np.int64),
-        ("place", np.int64),
+        ("place", np.int32),
+        ("stage", np.int32),  # the place of the next kind to close
         ("payload", np.int64),
-        ("positive", np.int64),  # the kinds it has feedback of, as bits
+        ("positive", np.int64),  # the kinds it has feedback of, as bits; from 32 on those that came after the label
         ("next", np.int64),
     ]
 )
@@ -62,8 +76,21 @@ CLOSED = np.dtype(
         ("kind", np.int32),
         ("label", np.float32),
         ("last", np.bool_),
+        ("weight", np.float32),
+        ("what", np.int8),
     ]
 )
+
+LABEL, AT_ONCE, CORRECTION = range(3)
+"""What a record is: a label whose window has closed, and where it is -1 no label; a positive, told when it comes; a
+positive that comes after its label was given."""
+
+PLAIN, AS_WEIGHT, AS_LABEL = range(3)
+"""What the value of a kind's feedback is used for."""
+
+BASE, USE, TIME_COLUMN, VALUE_COLUMN = range(4)
+"""Columns of the rules of a kind: the kind that its window begins with, or -1; what values are for; where a row has the
+time and the value of its first feedback, or -1."""
 
 FOREVER = 1e300
 """Times and windows stay below it, so that their sums stay finite."""
@@ -77,6 +104,8 @@ REASONS = (
     "duplicate_impression",
     "evicted_impression",
     "evicted_feedback",
+    "evicted_kept",
+    "bad_value",
     "outside_window",
     "repeated",
     "unknown_kind",
@@ -88,34 +117,55 @@ REASONS = (
     _DUPLICATE_IMPRESSION,
     _EVICTED_IMPRESSION,
     _EVICTED_FEEDBACK,
+    _EVICTED_KEPT,
+    _BAD_VALUE,
     _OUTSIDE_WINDOW,
     _REPEATED,
     _UNKNOWN_KIND,
     _UNMATCHED,
 ) = range(len(REASONS))
-# after the counts: arrivals, open impressions, those of them in `recent`, early feedback, the first free rows
-NUMBERS = len(REASONS) + 6
-ARRIVALS, OPENED, RECENT, WAITING, FREE_OPEN, FREE_EARLY = range(len(REASONS), NUMBERS)
+# after the counts: arrivals, open impressions, those of them in `recent`, early feedback, the first free rows, labels
+# corrected
+NUMBERS = len(REASONS) + 7
+ARRIVALS, OPENED, RECENT, WAITING, FREE_OPEN, FREE_EARLY, CORRECTED = range(len(REASONS), NUMBERS)
 
 
 @compiled(inline=True)
 def _memory(pointers: Any) -> Any:
     """What `LabelJoin` points to: windows and times; numbers; of open impressions their rows, table, heap and queues;
-    of early feedback its rows, table and heap; records for what one event closes.
+    of early feedback its rows, table and heap; records for what one event closes; of the kinds their rules and how long
+    after its base each counts; of open impressions what the rules keep of them, and of early feedback its values.
 
-    `times`: the watermark, then the lateness. `pointers` ends with the capacity.
+    `windows`: by kind, seconds from the impression to the closing; where labels may be corrected, last, until it is let
+    go. `times`: the watermark, then the lateness. `pointers` ends with the columns of what is kept, and the capacity.
     """
     windows, times, numbers = held(pointers, 0, np.float64), held(pointers, 1, np.float64), held(pointers, 2, np.int64)
     opens, open_table, recent = held(pointers, 3, OPEN), held(pointers, 4, np.int64), held(pointers, 5, np.int64)
     queues = held_rows(pointers, 6, 2, np.int64)
     earlies, early_table = held(pointers, 7, EARLY), held(pointers, 8, np.int64)
     expiring = held(pointers, 9, np.int64)
-    return windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring
+    rules, spans = held_rows(pointers, 11, 4, np.int64), held(pointers, 12, np.float64)
+    extras, early_values = held_rows(pointers, 13, pointers[-2], np.float64), held(pointers, 14, np.float64)
+    kept = rules, spans, extras, early_values
+    return windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring, kept
 
 
 @compiled()
-def advance(begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: Any, pointers: Any, closed: Any) -> Any:
-    """Take the events from number `begin` on; write what their times close to `closed`.
+def advance(
+    begin: int,
+    data: Any,
+    cuts: Any,
+    times: Any,
+    codes: Any,
+    payloads: Any,
+    values: Any,
+    at_once: bool,
+    pointers: Any,
+    closed: Any,
+) -> Any:
+    """Take the events from number `begin` on; write what their times close to `closed`, with `at_once` positives too.
+
+    `values`: those of the feedback, nan where it has none; empty where no kind uses them.
 
     Returns the number of the event to go on with when there is room again, and how much is in `closed`.
     """
@@ -127,7 +177,10 @@ def advance(begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: 
         end = end_of(data, first, cuts, n)
         if n >= begin and codes[n] != PASSED:
             high, low = key_of(data, first, end)
-            done, count = _take(n, high, low, times[n], codes[n], payloads[n], capacity, memory, closed, count)
+            value = values[n] if len(values) else np.nan
+            done, count = _take(
+                n, high, low, times[n], codes[n], payloads[n], value, at_once, capacity, memory, closed, count
+            )
             if not done:
                 return n, count
         first = end + 1
@@ -135,12 +188,12 @@ def advance(begin: int, data: Any, cuts: Any, times: Any, codes: Any, payloads: 
 
 
 @compiled()
-def advance_one(data: Any, time: float, code: int, payload: int, pointers: Any) -> Any:
+def advance_one(data: Any, time: float, code: int, payload: int, value: float, pointers: Any) -> Any:
     """`advance` with one event, `data` its id. Returns how much is in `closed`, the last of `pointers`: taking an array
     of records in takes longer than all the rest. Less than 0 where there was no room for all: -1 - count."""
     high, low = key_of(data, 0, len(data))
     closed = held(pointers, 10, CLOSED)
-    done, count = _take(0, high, low, time, code, payload, pointers[-1], _memory(pointers), closed, 0)
+    done, count = _take(0, high, low, time, code, payload, value, False, pointers[-1], _memory(pointers), closed, 0)
     return count if done else -1 - count
 
 
@@ -159,27 +212,35 @@ def _take(
     time: float,
     code: int,
     payload: int,
+    value: float,
+    at_once: bool,
     capacity: int,
     memory: Any,
     closed: Any,
     count: int,
 ) -> Any:
     """Take an event, or as much of what it closes as there is room for; taken again, it goes on from there."""
-    windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
+    windows, times, numbers, opens, open_table, recent, queues, earlies, early_table, expiring, kept = memory
+    rules, _, extras, early_values = kept
     if not (times[0] <= time < FOREVER):  # so nan is late too
+        if len(closed) - count < len(windows):
+            return False, count
         if code == SHOWN:
-            if count == len(closed):
-                return False, count
             numbers[_LATE_IMPRESSION] += 1
-            count = _write(n, payload, time, -1, False, True, closed, count)
-        else:
-            numbers[_LATE_FEEDBACK] += 1
+            return True, _let_go(n, payload, time, closed, count)
+        if len(windows) > len(rules) and code >= 0 and time < FOREVER:
+            row = find(high, low, open_table, opens)
+            if row >= 0:
+                count = _note(n, row, time, code, value, at_once, memory, closed, count)
+                early = find(high, low, early_table, earlies)
+                return True, count if early < 0 else _match(n, row, early, at_once, memory, closed, count)
+        numbers[_LATE_FEEDBACK] += 1
         return True, count
     if time - times[1] > times[0]:
         times[0] = time - times[1]
     count = _close(times[0], n, memory, closed, count)
     # more may be due, and what follows needs room
-    if len(closed) - count < 1 + max(0, numbers[OPENED] + 1 - capacity):
+    if len(closed) - count < len(windows) + 1 + max(0, numbers[OPENED] + 1 - capacity):
         return False, count
     if (code == SHOWN and numbers[FREE_OPEN] < 0) or (code >= 0 and numbers[FREE_EARLY] < 0):
         return False, count
@@ -187,25 +248,34 @@ def _take(
     if code == SHOWN:
         if row >= 0:
             numbers[_DUPLICATE_IMPRESSION] += 1
-            return True, _write(n, payload, time, -1, False, True, closed, count)
+            return True, _let_go(n, payload, time, closed, count)
         row = numbers[FREE_OPEN]
         numbers[FREE_OPEN] = opens[row].next
         _enter(row, high, low, time, payload, numbers, opens, open_table)
+        extras[row, :] = np.nan
         push(row, recent, numbers[RECENT], opens)
         numbers[RECENT] += 1
         early = find(high, low, early_table, earlies) if numbers[WAITING] else EMPTY
         if early >= 0:
-            _match(row, early, windows, numbers, opens, earlies, early_table, expiring)
+            count = _match(n, row, early, at_once, memory, closed, count)
         while numbers[OPENED] > capacity:
-            row = _take_first(windows, numbers, opens, recent, queues)
-            count = _write(n, opens[row].payload, opens[row].time, -1, False, True, closed, count)
+            if len(windows) > len(rules) and queues[len(rules), 0] >= 0:  # it has its labels
+                row = _shift(len(rules), queues, opens)
+                numbers[_EVICTED_KEPT] += 1
+            else:
+                row = _take_first(windows, numbers, opens, recent, queues)
+                numbers[_EVICTED_IMPRESSION] += 1
+            count = _let_go(n, opens[row].payload, opens[row].time, closed, count)
             _free(row, numbers, opens, open_table)
-            numbers[_EVICTED_IMPRESSION] += 1
     elif code == UNKNOWN:
         numbers[_UNKNOWN_KIND] += 1
-    elif row >= 0:
-        _note(row, time, code, windows, numbers, opens)
+    elif row >= 0 and not _must_wait(row, code, rules, opens):
+        count = _note(n, row, time, code, value, at_once, memory, closed, count)
+        early = find(high, low, early_table, earlies) if numbers[WAITING] else EMPTY
+        if early >= 0:  # what its windows begin with may have come
+            count = _match(n, row, early, at_once, memory, closed, count)
     else:
+        early_values[numbers[FREE_EARLY]] = value
         _keep(high, low, time, code, numbers, earlies, early_table, expiring)
         while numbers[WAITING] > capacity:
             _forget(numbers, earlies, early_table, expiring)
@@ -216,7 +286,8 @@ def _take(
 @compiled(inline=True)
 def _close(watermark: float, event: int, memory: Any, closed: Any, count: int) -> int:
     """Write what closes before `watermark` to `closed`, as much as it has room for; returns how much is in it."""
-    windows, _, numbers, opens, open_table, recent, queues, earlies, early_table, expiring = memory
+    windows, _, numbers, opens, open_table, recent, queues, earlies, early_table, expiring, kept = memory
+    rules, _, extras, _ = kept
     while numbers[RECENT] and opens[recent[0]].time < watermark:
         row = pop(recent, numbers[RECENT], opens)
         numbers[RECENT] -= 1
@@ -225,7 +296,8 @@ def _close(watermark: float, event: int, memory: Any, closed: Any, count: int) -
         _forget(numbers, earlies, early_table, expiring)
         numbers[_UNMATCHED] += 1
     last = len(windows) - 1
-    while count < len(closed):
+    kinds = len(rules)
+    while count + len(windows) <= len(closed):
         at, due = watermark, -1
         for kind in range(last, -1, -1):  # the widest first: where two close at one time, the impression there is older
             row = queues[kind, 0]
@@ -234,13 +306,34 @@ def _close(watermark: float, event: int, memory: Any, closed: Any, count: int) -
         if due < 0:
             break
         row = _shift(due, queues, opens)
-        label = (opens[row].positive >> due) & 1
-        count = _write(event, opens[row].payload, opens[row].time, due, label, due == last, closed, count)
-        if due == last:
+        if due == kinds:  # kept until now
+            count = _let_go(event, opens[row].payload, opens[row].time, closed, count)
+            _free(row, numbers, opens, open_table)
+            continue
+        count = _label(event, row, due, LABEL, rules, extras, opens, closed, count)
+        following = due + 1
+        if _nothing_can_follow(row, following, rules, opens):
+            while following < kinds:
+                count = _label(event, row, following, LABEL, rules, extras, opens, closed, count)
+                following += 1
+        opens[row].stage = following
+        known = (opens[row].positive | (opens[row].positive >> 32)) & ((1 << kinds) - 1)
+        if following == kinds and (last < kinds or known == (1 << kinds) - 1):
+            closed[count - 1].last = True
             _free(row, numbers, opens, open_table)
         else:
-            _append(row, due + 1, queues, opens)
+            _append(row, following, queues, opens)
     return count
+
+
+@compiled()
+def _nothing_can_follow(row: int, following: int, rules: Any, opens: Any) -> bool:
+    """Whether all windows that are open begin with feedback that has not come, and cannot any more."""
+    for kind in range(following, len(rules)):
+        base = rules[kind, BASE]
+        if base < 0 or base >= following or _has(row, base, opens):
+            return False
+    return True
 
 
 @compiled()
@@ -250,6 +343,7 @@ def _enter(row: int, high: Any, low: Any, time: float, payload: int, numbers: An
     numbers[OPENED] += 1
     opens[row].high, opens[row].low, opens[row].time = high, low, time
     opens[row].arrival, opens[row].payload, opens[row].positive = numbers[ARRIVALS], payload, 0
+    opens[row].stage = 0
     put(row, open_table, opens)
 
 
@@ -270,11 +364,37 @@ def in_queues(queues: Any, opens: Any) -> Any:
 
 
 @compiled()
-def _write(event: int, payload: int, time: float, kind: int, label: Any, last: bool, closed: Any, count: int) -> int:
+def _write(event: int, payload: int, time: float, kind: int, label: Any, weight: Any, closed: Any, count: int) -> int:
     line = closed[count]
-    line.event, line.payload, line.time, line.kind, line.last = event, payload, time, kind, last
-    line.label = np.float32(label) if kind >= 0 else np.float32(np.nan)
+    line.event, line.payload, line.time, line.kind, line.last = event, payload, time, kind, False
+    line.label, line.weight, line.what = np.float32(label), np.float32(weight), LABEL
     return count + 1
+
+
+@compiled()
+def _let_go(event: int, payload: int, time: float, closed: Any, count: int) -> int:
+    """No label, or no more."""
+    count = _write(event, payload, time, -1, np.nan, 1.0, closed, count)
+    closed[count - 1].last = True
+    return count
+
+
+@compiled()
+def _label(
+    event: int, row: int, kind: int, what: int, rules: Any, extras: Any, opens: Any, closed: Any, count: int
+) -> int:
+    """The label of one kind as it stands."""
+    label = 1.0 if what == CORRECTION else np.float64((opens[row].positive >> kind) & 1)
+    weight = 1.0
+    if label > 0.0 and rules[kind, USE] != PLAIN:
+        value = extras[row, rules[kind, VALUE_COLUMN]]
+        if rules[kind, USE] == AS_WEIGHT:
+            weight = value
+        else:
+            label = value
+    count = _write(event, opens[row].payload, opens[row].time, kind, label, weight, closed, count)
+    closed[count - 1].what = what
+    return count
 
 
 @compiled()
@@ -318,14 +438,60 @@ def _take_first(windows: Any, numbers: Any, opens: Any, recent: Any, queues: Any
 
 
 @compiled()
-def _note(row: int, time: float, kind: int, windows: Any, numbers: Any, opens: Any) -> None:
-    shown = opens[row].time
-    if not (shown <= time <= shown + windows[kind]):
+def _must_wait(row: int, kind: int, rules: Any, opens: Any) -> bool:
+    """Whether feedback of this kind counts only after another that has not come."""
+    base = rules[kind, BASE]
+    return bool(base >= 0 and not _has(row, base, opens))
+
+
+@compiled(inline=True)
+def _has(row: int, kind: int, opens: Any) -> bool:
+    """Whether it has feedback of this kind, before or after its label."""
+    return bool(((opens[row].positive >> kind) | (opens[row].positive >> (kind + 32))) & 1)
+
+
+@compiled()
+def _note(
+    event: int, row: int, time: float, kind: int, value: float, at_once: bool, memory: Any, closed: Any, count: int
+) -> int:
+    """Take feedback on an impression that is held; what it makes known at once goes to `closed`."""
+    windows, times, numbers, opens = memory[0], memory[1], memory[2], memory[3]
+    rules, spans, extras, _ = memory[-1]
+    begin = opens[row].time
+    base = rules[kind, BASE]
+    if base >= 0:
+        if not _has(row, base, opens):  # late: what it would have to wait for is later still
+            numbers[_LATE_FEEDBACK] += 1
+            return count
+        begin = extras[row, rules[base, TIME_COLUMN]]
+    kinds = len(rules)
+    end = begin + spans[kind]
+    corrected_until = end + (windows[kinds] - windows[kinds - 1] if len(windows) > kinds else 0.0)
+    if not (begin <= time <= corrected_until):
         numbers[_OUTSIDE_WINDOW] += 1
-    elif (opens[row].positive >> kind) & 1:
+        return count
+    if _has(row, kind, opens):
         numbers[_REPEATED] += 1
-    else:
-        opens[row].positive |= 1 << kind
+        return count
+    closes = opens[row].stage <= kind and time <= end
+    if not closes and not times[0] <= opens[row].time + windows[len(windows) - 1]:
+        numbers[_LATE_FEEDBACK] += 1  # it has been kept for longer than it need be
+        return count
+    if rules[kind, USE] != PLAIN:
+        good = value > 0.0 if rules[kind, USE] == AS_WEIGHT else 0.0 <= value <= 1.0
+        if not (good and value < FOREVER):
+            numbers[_BAD_VALUE] += 1
+            value = 1.0
+        extras[row, rules[kind, VALUE_COLUMN]] = value
+    if rules[kind, TIME_COLUMN] >= 0:
+        extras[row, rules[kind, TIME_COLUMN]] = time
+    opens[row].positive |= np.int64(1) << (kind if closes else kind + 32)
+    if not closes:
+        numbers[CORRECTED] += 1
+        return int(_label(event, row, kind, CORRECTION, rules, extras, opens, closed, count))
+    if at_once:
+        return int(_label(event, row, kind, AT_ONCE, rules, extras, opens, closed, count))
+    return count
 
 
 @compiled()
@@ -350,26 +516,52 @@ def _keep(
 
 
 @compiled()
-def keep_all(keys: Any, times: Any, kinds: Any, numbers: Any, earlies: Any, early_table: Any, expiring: Any) -> None:
+def keep_all(
+    keys: Any,
+    times: Any,
+    kinds: Any,
+    values: Any,
+    early_values: Any,
+    numbers: Any,
+    earlies: Any,
+    early_table: Any,
+    expiring: Any,
+) -> None:
     """Let all this feedback wait. There must be room."""
     for n in range(len(times)):
+        early_values[numbers[FREE_EARLY]] = values[n]
         _keep(keys[n, 0], keys[n, 1], times[n], kinds[n], numbers, earlies, early_table, expiring)
 
 
 @compiled()
-def _match(
-    row: int, early: int, windows: Any, numbers: Any, opens: Any, earlies: Any, early_table: Any, expiring: Any
-) -> None:
-    """Give an impression the feedback that waited for it. In which order changes neither labels nor counts."""
+def _match(event: int, row: int, early: int, at_once: bool, memory: Any, closed: Any, count: int) -> int:
+    """Give an impression the feedback that waited for it; what waits for other feedback waits on.
+
+    In which order changes neither labels nor counts, but that what windows begin with comes first.
+    """
+    numbers, opens, earlies, early_table, expiring = memory[2], memory[3], memory[7], memory[8], memory[9]
+    rules, _, _, early_values = memory[-1]
     take_out(early, early_table, earlies)
-    while early >= 0:
-        _note(row, earlies[early].time, earlies[early].kind, windows, numbers, opens)
-        remove(early, expiring, numbers[WAITING], earlies)
-        numbers[WAITING] -= 1
-        after = earlies[early].next
-        earlies[early].next = numbers[FREE_EARLY]
-        numbers[FREE_EARLY] = early
-        early = after
+    for dependent in range(2):
+        waiting = EMPTY
+        while early >= 0:
+            after = earlies[early].next
+            kind = earlies[early].kind
+            if (rules[kind, BASE] >= 0) != (dependent == 1) or _must_wait(row, kind, rules, opens):
+                earlies[early].next = waiting
+                waiting = early
+            else:
+                time, value = earlies[early].time, early_values[early]
+                count = _note(event, row, time, kind, value, at_once, memory, closed, count)
+                remove(early, expiring, numbers[WAITING], earlies)
+                numbers[WAITING] -= 1
+                earlies[early].next = numbers[FREE_EARLY]
+                numbers[FREE_EARLY] = early
+            early = after
+        early = waiting
+    if early >= 0:
+        put(early, early_table, earlies)
+    return count
 
 
 @compiled()

@@ -14,7 +14,7 @@ from streamrec._pointers import pointers_to
 from streamrec.batch import Batch
 from streamrec.events import Impression
 from streamrec.preprocessors._assemble import UNKNOWN, assemble_row
-from streamrec.schema import Field, Id, Ids, Number
+from streamrec.schema import Field, Hour, Id, Ids, Number, Weekday
 
 __all__ = ["OneRow", "Rows"]
 
@@ -35,12 +35,15 @@ class OneRow:
         ids = [f.name for f in fields if isinstance(f, Id)]
         numbers = [f for f in fields if isinstance(f, Number)]
         lists = [f for f in fields if isinstance(f, Ids)]
+        clocks = [f for f in fields if isinstance(f, (Hour, Weekday))]
+        timed = [f.name for f in clocks]
         own = [name for name in ids if name in _OWN]
-        rest = [name for name in ids if name not in _OWN]
+        rest = [name for name in ids if name not in _OWN and name not in timed]
+        self._clocks = [f.text for f in clocks]
         self._read_own = _reader(attrgetter, own)
         self._read = _reader(itemgetter, rest)
         self._ids = rest
-        self._numbers = [(place, f.name) for place, f in enumerate(numbers)]
+        self._numbers = [(place, f.name, f.since) for place, f in enumerate(numbers)]
         self._lists = [(place, f.name, f.limit) for place, f in enumerate(lists)]
         self._single = len(ids) + len(numbers)
         self._room = min(self._single + sum(f.limit for f in lists), max(_LONGEST, self._single))
@@ -50,7 +53,7 @@ class OneRow:
         starts, ends, self._time = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
         of_ids, *of_others, count = plan
         # what the pointers are to; ids in the order in which they are read
-        self._arrays = (of_ids[[ids.index(name) for name in (*own, *rest)]], *of_others)
+        self._arrays = (of_ids[[ids.index(name) for name in (*own, *rest, *timed)]], *of_others)
         inputs = self._floats, self._counts, *self._arrays
         self._pointers: NDArray[np.int64] = pointers_to((*inputs, *columns, starts, ends), count)
         self.batch = Batch(*columns, starts, ends, (), _NO_REFS, self._time)
@@ -62,15 +65,16 @@ class OneRow:
             strings = [*self._read_own(shown), *self._read(features)]
         except KeyError:
             strings = [*self._read_own(shown), *map(features.get, self._ids)]
+        strings += [text(shown.time) for text in self._clocks]
         entries = self._single
         try:
-            for place, name in self._numbers:
+            for place, name, since in self._numbers:
                 number = features.get(name)
                 if number is None:
                     number = np.nan
                 elif not (type(number) in (float, int) and -_LARGEST <= number <= _LARGEST):
                     return False
-                self._floats[place, 0] = number
+                self._floats[place, 0] = shown.time - number if since else number
             for place, name, limit in self._lists:
                 several = features.get(name)
                 size = 0

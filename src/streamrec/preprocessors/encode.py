@@ -22,11 +22,11 @@ from streamrec.events import Impression
 from streamrec.hashing import hash_bytes, packed
 from streamrec.preprocessors._assemble import UNKNOWN, assemble
 from streamrec.preprocessors._one_row import Rows
-from streamrec.schema import Field, Id, Ids, Number, Schema, Text
+from streamrec.schema import Field, Hour, Id, Ids, Number, Schema, Text, Weekday
 
 NoneType = type(None)
 
-__all__ = ["Encoded", "Encoder", "Problem", "encode"]
+__all__ = ["Encoded", "Encoder", "Problem", "encode", "texts_of"]
 
 _OWN = ("user", "item")  # read from the impression itself
 _NO_REFS = np.zeros((0, 0), dtype=np.int32)
@@ -101,7 +101,8 @@ class Encoder:
             len(schema),
         )
         self._single = len(single)
-        names = [f.name for f in (*ids, *own) if f.name not in _OWN]
+        self._since = [place for place, f in enumerate(numbers) if f.since]
+        names = [f.name for f in (*ids, *own) if not _is_own(f)]
         self._pick = itemgetter(*names) if len(names) > 1 else None
         # numpy is slow with single values
         plain = not self._texts and not any(f.name in _OWN for f in own)
@@ -123,6 +124,9 @@ class Encoder:
         numbers = np.empty((len(self._numbers), count))
         for place, (number, _) in enumerate(self._numbers):
             numbers[place] = _floats(next(columns), number.name, problems)
+        times = np.array([shown.time for shown in impressions], dtype=np.float64)
+        for place in self._since:
+            numbers[place] = times - numbers[place]
         lengths = np.empty((len(self._lists), count), dtype=np.int64)
         uneven: list[tuple[int, int, list[float]]] = []  # list, row and weights, where those are not all 1/n
         for place, (several, _) in enumerate(self._lists):
@@ -133,7 +137,6 @@ class Encoder:
         for place, row, weights in uneven:
             behind = int(ends[row] - lengths[place:, row].sum())
             values[behind : behind + len(weights)] = weights
-        times = np.array([shown.time for shown in impressions], dtype=np.float64)
         if not self._texts:
             return Encoded(Batch(ids, values, fields, starts, ends, (), _NO_REFS, times), problems)
         texts, refs = self._read_texts(impressions, features, problems)
@@ -162,7 +165,7 @@ class Encoder:
         if self._pick is not None:
             try:  # all features of a row in one call
                 found = zip(*map(self._pick, features), strict=True)
-                columns = [None if f.name in _OWN else next(found, ()) for f, _ in fields]
+                columns = [None if _is_own(f) else next(found, ()) for f, _ in fields]
             except KeyError:  # one is missing somewhere
                 pass
             else:
@@ -203,9 +206,26 @@ def encode(schema: Schema, impressions: Sequence[Impression]) -> Encoded:
     return Encoder(schema)(impressions)
 
 
-def _column(field: Field) -> Callable[[Sequence[Impression], Sequence[Mapping[str, Any]]], list[Any]]:
-    """What reads a field's values, a row each: from the impressions for "user" and "item", else from the features."""
-    name = field.name
+def texts_of(name: str, impressions: Sequence[Impression]) -> Sequence[str]:
+    """The value of each impression under this name, as the text that an `Id` would hash; what is no id is unknown."""
+    return _strings(_reader_of(name)(impressions, [shown.features for shown in impressions]), name, [])
+
+
+def _column(field: Field) -> _Reader:
+    """What reads a field's values, a row each."""
+    if isinstance(field, (Hour, Weekday)):
+        text = field.text
+        return lambda impressions, _: [text(shown.time) for shown in impressions]
+    return _reader_of(field.name)
+
+
+def _is_own(field: Field) -> bool:
+    """Whether it is read from the impression itself, not from its features."""
+    return field.name in _OWN or isinstance(field, (Hour, Weekday))
+
+
+def _reader_of(name: str) -> _Reader:
+    """What reads values by their name: from the impressions for "user" and "item", else from the features."""
     if name == "user":
         return lambda impressions, _: [shown.user for shown in impressions]
     if name == "item":

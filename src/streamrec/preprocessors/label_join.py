@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from math import inf, nan
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -19,22 +19,38 @@ from streamrec.preprocessors import _join_kernel
 from streamrec.preprocessors._join_kernel import CLOSED, FOREVER, PASSED, SHOWN, UNKNOWN
 from streamrec.preprocessors._keyed_rows import empty_table, put_all
 from streamrec.protocols import State
+from streamrec.schema import seconds_of
 
-__all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "Closed", "LabelJoin", "event_codes"]
+__all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "After", "Closed", "LabelJoin", "event_codes"]
 
 kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy can follow
 
-_MOST_KINDS = 62  # bits of a row's `positive`
+_MOST_KINDS = 30  # bits of a row's `positive`, twice
+_USES = {"weight": _join_kernel.AS_WEIGHT, "label": _join_kernel.AS_LABEL}
 _SMALLEST = 1024
 _time_of = attrgetter("time")
 _USUAL = {Impression, Feedback}
+
+
+class After(NamedTuple):
+    """A window that begins with feedback of another kind: a purchase within 7 days after the click.
+
+    `seconds`: of event time, or text such as "7d".
+
+    >>> After("click", "7d")
+    After(kind='click', seconds='7d')
+    """
+
+    kind: str
+    seconds: float | str
 
 
 class Closed(NamedTuple):
     """What `LabelJoin.step` gives back for a payload: its label of one kind, or word that no label will come.
 
     `label` is 1.0 or 0.0. Where an impression was let go without a label, `kind` is "" and `label` is nan.
-    `time` is the impression's. After `last` the payload does not come back: free what it stands for.
+    `time` is the impression's. After `last` the payload does not come back: free what it stands for. `weight`: of the
+    label. `corrects`: the label of this kind that it gave before was 0.0, and was wrong.
     """
 
     payload: Any
@@ -42,6 +58,8 @@ class Closed(NamedTuple):
     label: float
     time: float
     last: bool
+    weight: float = 1.0
+    corrects: bool = False
 
 
 _closed = tuple.__new__  # NamedTuple's own constructor takes twice the time
@@ -51,12 +69,19 @@ _NONE: tuple[Closed, ...] = ()
 class LabelJoin:
     """Wait for the feedback on each impression; label it 1.0 or 0.0 when its attribution window closes.
 
-    `windows`: by kind of feedback, seconds of event time; feedback counts where
-    `impression.time <= feedback.time <= impression.time + window`. Each kind gives a label of its own.
+    `windows`: by kind of feedback, seconds of event time, or text such as "30m"; feedback counts where
+    `impression.time <= feedback.time <= impression.time + window`. Each kind gives a label of its own. With
+    `After("click", "7d")` it counts where it comes so long after the first click that counts; its label comes when that
+    can be no more: at the end of both windows, or, where there was no click and no other window is open, with the
+    click's.
     `lateness`: seconds the watermark trails the newest event. An event behind the watermark is late and dropped; one
     from far in the future takes the watermark along, so check times first.
     `capacity`: impressions held at most; past that the one that closes first is let go without a label, for a label
     cut short would be a false negative. Early feedback, which waits for its impression, is held to the same number.
+    `values`: by kind, what the `value` of its feedback is for: as the `"weight"` of a positive label (a price), or as
+    its `"label"`, in [0, 1]. One that cannot be is 1, counted as `bad_value`.
+    `late`: what becomes of feedback that comes after its window, or after its label was given: `"drop"`, or
+    `"correct"`: the impression is kept for `keep` seconds more, in which such feedback gives the label 1.0 as well.
 
     A label comes out when its window closes, a positive one too. Were clicks learned at once and their absence a
     window later, the model would always have seen too many clicks.
@@ -81,28 +106,70 @@ class LabelJoin:
     many events at once `codes` and `steps`.
     """
 
-    def __init__(self, *, windows: Mapping[str, float], lateness: float = 0.0, capacity: int = 1_000_000) -> None:
+    def __init__(
+        self,
+        *,
+        windows: Mapping[str, float | str | After],
+        lateness: float = 0.0,
+        capacity: int = 1_000_000,
+        values: Mapping[str, str] = {},
+        late: str = "drop",
+        keep: float | str = "1d",
+    ) -> None:
         if not isinstance(windows, Mapping) or not windows:
             raise ConfigError(f'windows must map kinds to seconds, such as {{"click": 1800.0}}, got {windows!r}')
         for kind, window in windows.items():
             if not isinstance(kind, str) or not kind:
                 raise ConfigError(f"windows must be keyed by the kind of feedback, a string, got {kind!r}")
-            if not 0.0 < window < FOREVER:
-                raise ConfigError(f"the window of {kind!r} must be > 0 seconds and finite, got {window!r}")
+            span = window.seconds if isinstance(window, After) else window
+            if isinstance(span, str):
+                seconds_of(span, f"the window of {kind!r}")
+            elif not 0.0 < span < FOREVER:
+                raise ConfigError(f"the window of {kind!r} must be > 0 seconds and finite, got {span!r}")
+            if isinstance(window, After) and isinstance(windows.get(window.kind, window), After):
+                raise ConfigError(
+                    f"the window of {kind!r} begins with {window.kind!r}, which must have a window of its own that "
+                    "begins with the impression"
+                )
+        for kind, use in values.items():
+            if kind not in windows or use not in _USES:
+                raise ConfigError(f'values must map kinds of windows to "weight" or "label", got {kind!r}: {use!r}')
+        if late not in ("drop", "correct"):
+            raise ConfigError(f'late must be "drop" or "correct", got {late!r}')
         if not 0.0 <= lateness < FOREVER:
             raise ConfigError(f"lateness must be >= 0 seconds and finite, got {lateness!r}")
         if not capacity >= 1:
             raise ConfigError(f"capacity must be >= 1, got {capacity!r}")
         if len(windows) > _MOST_KINDS:
             raise ConfigError(f"windows may name {_MOST_KINDS} kinds at most, got {len(windows)}")
-        self.windows: Mapping[str, float] = {kind: float(window) for kind, window in windows.items()}
+        spans = {kind: _seconds(window, kind) for kind, window in windows.items()}
+        bases = {kind: window.kind for kind, window in windows.items() if isinstance(window, After)}
+        self.windows: Mapping[str, float] = {
+            kind: span + (spans[bases[kind]] if kind in bases else 0.0) for kind, span in spans.items()
+        }
+        """By kind, seconds from an impression until its label is known at the latest."""
         self.lateness = float(lateness)
         self.capacity = capacity
+        self.late = late
+        self.keep = _seconds(keep, "keep")
 
         # In order of closing, whatever the order of the mapping.
         self.kinds: Sequence[str] = sorted(self.windows, key=lambda kind: (self.windows[kind], kind))
         self._code = {kind: code for code, kind in enumerate(self.kinds)}
-        self._widths = np.array([self.windows[kind] for kind in self.kinds], dtype=np.float64)
+        self._spans = np.array([spans[kind] for kind in self.kinds])
+        widths = [self.windows[kind] for kind in self.kinds]
+        self._widths = np.array(widths + ([widths[-1] + self.keep] if late == "correct" else []))
+        self._rules = np.full((len(self.kinds), 4), -1, dtype=np.int64)
+        self._rules[:, kernel.BASE] = [self._code.get(bases.get(kind, ""), -1) for kind in self.kinds]
+        self._rules[:, kernel.USE] = [_USES.get(values.get(kind, ""), kernel.PLAIN) for kind in self.kinds]
+        timed = [self._code[kind] for kind in dict.fromkeys(bases.values())]
+        valued = [self._code[kind] for kind in values]
+        self._rules[timed, kernel.TIME_COLUMN] = np.arange(len(timed))
+        self._rules[valued, kernel.VALUE_COLUMN] = len(timed) + np.arange(len(valued))
+        self._columns = len(timed) + len(valued)
+        self._valued = bool(valued)
+        # what a state must have been cut with, too
+        self._told = {"bases": bases, "values": dict(values)} | ({"late": late} if late == "correct" else {})
         self._clear()
 
     def _clear(self, opens: int = _SMALLEST, earlies: int = _SMALLEST) -> None:
@@ -110,20 +177,27 @@ class LabelJoin:
         self._pointers: NDArray[np.int64] | None = None
         self._numbers = np.zeros(kernel.NUMBERS, dtype=np.int64)
         self._opens, self._open_table, self._recent = _rows(opens, kernel.OPEN)
-        self._queues = np.full((len(self.kinds), 2), -1, dtype=np.int64)  # (kinds, 2): the first row and the last
+        self._extras = np.zeros((opens, self._columns))
+        self._queues = np.full((len(self._widths), 2), -1, dtype=np.int64)  # the first row and the last of each
         self._earlies, self._early_table, self._expiring = _rows(earlies, kernel.EARLY)
+        self._early_values = np.full(earlies, nan)
         # Payloads are numbers in the rows: one that is no number of its own has a negative one here.
         self._objects: dict[int, Any] = {}
         self._lowest = 0
-        self._few: NDArray[Any] = np.empty(64, dtype=CLOSED)  # for one event at a time
+        self._few: NDArray[Any] = np.empty(2 * _MOST_KINDS + 2, dtype=CLOSED)  # for one event at a time
 
     def __repr__(self) -> str:
         return f"LabelJoin(windows={self.windows!r}, lateness={self.lateness!r}, capacity={self.capacity!r})"
 
     @property
     def pending(self) -> int:
-        """How many impressions are open."""
+        """How many impressions are open, or are kept for corrections."""
         return int(self._numbers[kernel.OPENED])
+
+    @property
+    def corrected(self) -> int:
+        """How many labels were corrected."""
+        return int(self._numbers[kernel.CORRECTED])
 
     @property
     def watermark(self) -> float:
@@ -136,7 +210,9 @@ class LabelJoin:
 
         Impressions: `late_impression`, `duplicate_impression` (its id is open), `evicted_impression`.
         Feedback: `late_feedback`, `unknown_kind` (no window for it), `outside_window`, `repeated` (a second of its
-        kind on one impression), `unmatched` (its impression did not come, or is gone), `evicted_feedback`.
+        kind on one impression), `unmatched` (its impression, or what its window begins with, did not come, or is gone),
+        `evicted_feedback`. Not dropped, but to be known: `evicted_kept` (impressions that are labeled, and can be
+        corrected no more), `bad_value`.
         """
         return dict(zip(kernel.REASONS, self._numbers.tolist(), strict=False))
 
@@ -144,7 +220,7 @@ class LabelJoin:
         """Take impressions and feedback; return what their event time closes. `Labeled` items pass in their place."""
         if len(events) == 1 and not isinstance(events[0], Labeled):
             closed_now = self.step(events[0], events[0])
-            return [Labeled(shown, label, kind) for shown, kind, label, _, _ in closed_now if kind]
+            return [Labeled(shown, label, kind, weight) for shown, kind, label, _, _, weight, _ in closed_now if kind]
         codes = self.codes(events)
         shown = np.flatnonzero(codes == SHOWN)
         first = self._lowest - 1
@@ -183,18 +259,19 @@ class LabelJoin:
         [Closed(payload=8, kind='', label=nan, time=1.0, last=True)]
         """
         if isinstance(event, Impression):
-            id, code, number = event.id, SHOWN, self._number(payload)
+            id, code, number, value = event.id, SHOWN, self._number(payload), nan
         else:
             id, code, number = event.impression_id, self._code.get(event.kind, UNKNOWN), 0
+            value = nan if event.value is None else float(event.value)
         data = id.encode("utf-8", "surrogatepass")
-        count = kernel.advance_one(data, float(event.time), code, number, self._map())
+        count = kernel.advance_one(data, float(event.time), code, number, value, self._map())
         if not count:
             return _NONE
         found = []
         while count < 0:  # there was no room for all
             found += self._given_back(self._few[: -1 - count])
             self._few = self._room(1)
-            count = kernel.advance_one(data, float(event.time), code, number, self._map())
+            count = kernel.advance_one(data, float(event.time), code, number, value, self._map())
         return found + self._given_back(self._few[:count])
 
     def codes(self, events: Sequence[Event]) -> NDArray[np.int64]:
@@ -206,12 +283,20 @@ class LabelJoin:
         """
         return event_codes(events, self._code)
 
-    def steps(self, events: Sequence[Event], codes: NDArray[np.int64], payloads: NDArray[np.int64]) -> NDArray[Any]:
+    def steps(
+        self,
+        events: Sequence[Event],
+        codes: NDArray[np.int64],
+        payloads: NDArray[np.int64],
+        *,
+        at_once: bool = False,
+    ) -> NDArray[Any]:
         """`step` for many events at once; labeled examples pass.
 
-        `codes`: from `codes`. `payloads`: int64 `(n,)`, those of impressions are read; from 0 on. Returns records
-        `(closed,)` in order: `event`, the place of the event whose time closed it; `payload`; `time`; `kind`, the place
-        in `kinds`, or -1 where there will be no label; `label`, float32; `last`.
+        `codes`: from `codes`. `payloads`: int64 `(n,)`, those of impressions are read; from 0 on. `at_once`: tell of
+        each positive when it is known, too. Returns records `(closed,)` in order: `event`, the place of the event whose
+        time closed it; `payload`; `time`; `kind`, the place in `kinds`, or -1 where there will be no label; `label` and
+        `weight`, float32; `last`; `what`: 0, a label; 1, word of a positive, whose label will follow; 2, a correction.
 
         >>> join = LabelJoin(windows={"click": 60.0})
         >>> shown = [Impression(id=f"i{n}", time=61.0 * n, user="u1", item="p9") for n in range(2)]
@@ -229,10 +314,13 @@ class LabelJoin:
             names = [_id_of(event) for event in some]
             times = np.array([0.0 if event is None else event.time for event in some], dtype=np.float64)
         data, cuts = packed(names)
+        values = _NO_VALUES
+        if self._valued:
+            values = np.array([getattr(event, "value", None) for event in some], dtype=np.float64)  # None is nan
         done, parts = 0, []
         closed = np.empty(2 * len(events) + 64, dtype=CLOSED)
         while True:
-            done, count = kernel.advance(done, data, cuts, times, codes, payloads, self._map(), closed)
+            done, count = kernel.advance(done, data, cuts, times, codes, payloads, values, at_once, self._map(), closed)
             parts.append(closed[:count])
             if done == len(events):
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -247,7 +335,7 @@ class LabelJoin:
         return self._given_back(self._drained())
 
     def _drained(self) -> NDArray[Any]:
-        closed = np.empty(self.pending * len(self.kinds), dtype=CLOSED)
+        closed = np.empty((self.pending + 1) * len(self._widths), dtype=CLOSED)
         count = kernel.close_all(self._map(), closed)
         return closed[:count]
 
@@ -256,8 +344,9 @@ class LabelJoin:
         if self._pointers is None:
             opens = self._opens, self._open_table, self._recent, self._queues
             earlies = self._earlies, self._early_table, self._expiring
-            arrays = self._widths, self._times, self._numbers, *opens, *earlies, self._few
-            self._pointers = pointers_to(arrays, min(self.capacity, 2**62))
+            kept = self._rules, self._spans, self._extras, self._early_values
+            arrays = self._widths, self._times, self._numbers, *opens, *earlies, self._few, *kept
+            self._pointers = pointers_to(arrays, self._columns, min(self.capacity, 2**62))
         return self._pointers
 
     def _room(self, more: int) -> NDArray[Any]:
@@ -267,13 +356,17 @@ class LabelJoin:
             size = 1 << int(numbers[kernel.OPENED] + more).bit_length()
             self._opens, self._open_table, self._recent = _larger(self._opens, self._open_table, self._recent, size)
             numbers[kernel.FREE_OPEN] = _chained(self._opens, int(numbers[kernel.FREE_OPEN]), size)
+            extras = np.zeros((len(self._opens), self._columns))
+            extras[: len(self._extras)] = self._extras
+            self._extras = extras
         if numbers[kernel.WAITING] + more > len(self._earlies):
             size = 1 << int(numbers[kernel.WAITING] + more).bit_length()
             self._earlies, self._early_table, self._expiring = _larger(
                 self._earlies, self._early_table, self._expiring, size
             )
             numbers[kernel.FREE_EARLY] = _chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
-        return np.empty(2 * more + 64 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
+            self._early_values = np.append(self._early_values, np.full(size, nan))
+        return np.empty(2 * more + 2 * _MOST_KINDS + 2 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
 
     def _number(self, payload: Any) -> int:
         if type(payload) is int and 0 <= payload < 2**63:
@@ -308,21 +401,35 @@ class LabelJoin:
             column[row] = payloads.get(int(column[row]), 0)
         self._objects.clear()
 
+    def forget(self, payloads: Sequence[int] | NDArray[np.int64]) -> None:
+        """Let go of the impressions that these numbers stand for, without a label. They do not come back."""
+        state: Any = self.state_dict()
+        gone = np.isin(state["payloads"], payloads)
+        queues = np.repeat(np.arange(len(state["stages"])), state["stages"])
+        stages = np.bincount(queues[~gone], minlength=len(state["stages"]))
+        rows = {name: state[name][~gone] for name in ("keys", "times", "payloads", "positive", "extras")}
+        self.load_state_dict({**state, **rows, "stages": stages})
+
     def _given_back(self, closed: NDArray[Any]) -> list[Closed]:
         kinds = (*self.kinds, "")  # the last is that of -1
         return [
-            _closed(Closed, (self._payload(number, last), kinds[kind], label, time, last))
-            for _, number, time, kind, label, last in closed.tolist()
+            _closed(
+                Closed,
+                (self._payload(number, last), kinds[kind], label, time, last, weight, what == kernel.CORRECTION),
+            )
+            for _, number, time, kind, label, last, weight, what in closed.tolist()
         ]
 
     def _labels(self, closed: NDArray[Any]) -> list[Labeled]:
-        if len(self.kinds) == 1 and len(closed) and closed["payload"].max() < 0 and closed["kind"].min() >= 0:
+        usual = len(self._widths) == 1 and not self._valued
+        if usual and len(closed) and closed["payload"].max() < 0 and closed["kind"].min() >= 0:
             payloads, labels = closed["payload"].tolist(), closed["label"].tolist()  # the usual case: all is last
             return [
                 Labeled(shown, label, self.kinds[0])
                 for shown, label in zip(map(self._objects.pop, payloads), labels, strict=True)
             ]
-        return [Labeled(shown, label, kind) for shown, kind, label, _, _ in self._given_back(closed) if kind]
+        given = self._given_back(closed)
+        return [Labeled(shown, label, kind, weight) for shown, kind, label, _, _, weight, _ in given if kind]
 
     def state_dict(self) -> State:
         """The open impressions with their payloads, the early feedback, the watermark and the counts.
@@ -332,12 +439,16 @@ class LabelJoin:
         opens, earlies, numbers = self._opens, self._earlies, self._numbers
         recent = self._recent[: numbers[kernel.RECENT]]
         queued, lengths = kernel.in_queues(self._queues, opens)
-        held = opens[np.concatenate([queued, recent[np.lexsort((opens["arrival"][recent], opens["time"][recent]))]])]
-        early = earlies[self._expiring[: numbers[kernel.WAITING]]]
-        early = early[np.lexsort((early["arrival"], early["time"]))]
+        rows = np.concatenate([queued, recent[np.lexsort((opens["arrival"][recent], opens["time"][recent]))]])
+        held = opens[rows]
+        waiting = self._expiring[: numbers[kernel.WAITING]]
+        waiting = waiting[np.lexsort((earlies["arrival"][waiting], earlies["time"][waiting]))]
+        early = earlies[waiting]
         payloads = held["payload"].copy()
         return {
             "windows": dict(self.windows),
+            "rules": self._told,
+            "corrected": self.corrected,
             "watermark": float(self._times[0]),
             "counts": dict(self.counts),
             "keys": np.stack([held["high"], held["low"]], axis=1),  # uint64 (open, 2)
@@ -345,12 +456,14 @@ class LabelJoin:
             "payloads": _pack([self._payload(number, False) for number in payloads.tolist()])
             if len(payloads) and payloads.min() < 0
             else payloads,
-            "stages": np.append(lengths, len(recent)),  # (kinds + 1,): open in each
-            "positive": (held["positive"][:, None] >> np.arange(len(self.kinds)) & 1).astype(np.bool_),
+            "stages": np.append(lengths, len(recent)),  # (kinds + 1,) or one more, of those kept: how many in each
+            "extras": self._extras[rows],  # float64 (open, columns): first times and values
+            "positive": held["positive"].copy(),  # int64 (open,): bits
             "early": {
                 "keys": np.stack([early["high"], early["low"]], axis=1),
                 "times": early["time"].copy(),
                 "kinds": early["kind"].copy(),  # places in the order of closing
+                "values": self._early_values[waiting],
             },
         }
 
@@ -359,11 +472,11 @@ class LabelJoin:
 
         Raises `ConfigError` where it was cut with other windows.
         """
-        windows = dict(state["windows"])
-        if windows != self.windows:
+        windows, rules = dict(state["windows"]), state["rules"]
+        if windows != self.windows or rules != self._told:
             raise ConfigError(
-                f"the state was cut with windows={windows!r}, this join has windows={self.windows!r}: "
-                "build it with the windows of the state, or start it without one"
+                f"the state was cut with windows={windows!r} and {rules!r}, this join has windows={self.windows!r} and "
+                f"{self._told!r}: build it with the windows of the state, or start it without one"
             )
         held, early, payloads = np.asarray(state["times"]), state["early"], _unpack(state["payloads"])
         count, waiting = len(held), len(early["times"])
@@ -371,28 +484,40 @@ class LabelJoin:
         self._times[0] = state["watermark"]
         numbers = self._numbers
         numbers[: len(kernel.REASONS)] = [state["counts"].get(reason, 0) for reason in kernel.REASONS]
+        numbers[kernel.CORRECTED] = state["corrected"]
+        self._extras[:count] = state["extras"]
         opens = self._opens
         opens["time"][:count] = held
         opens["high"][:count], opens["low"][:count] = np.asarray(state["keys"]).T
         opens["arrival"][:count] = np.arange(1, count + 1)
         opens["payload"][:count] = [self._number(payload) for payload in payloads]
-        opens["positive"][:count] = np.asarray(state["positive"]) @ (1 << np.arange(len(self.kinds)))
+        opens["positive"][:count] = state["positive"]
         lengths = np.asarray(state["stages"])
         ends = np.cumsum(lengths)
         for kind, (begin, end) in enumerate(zip(ends - lengths, ends, strict=True)):
             rows = np.arange(begin, end)
-            if kind == len(self.kinds):  # sorted, so a heap
+            if kind == len(self._widths):  # sorted, so a heap
                 self._recent[: len(rows)] = rows
                 opens["place"][rows] = np.arange(len(rows))
             elif len(rows):
                 opens["next"][rows] = [*rows[1:], -1]
+                opens["stage"][rows] = kind
                 self._queues[kind] = begin, end - 1
         put_all(np.arange(count), self._open_table, opens)
         numbers[[kernel.OPENED, kernel.RECENT, kernel.FREE_OPEN]] = count, lengths[-1], count
         # the feedback that waited, again as it came: in order of time, so that it expires as it would have
         keys, times, kinds = np.asarray(early["keys"]), np.asarray(early["times"]), np.asarray(early["kinds"])
         numbers[kernel.ARRIVALS] = count
-        kernel.keep_all(keys, times, kinds, numbers, self._earlies, self._early_table, self._expiring)
+        held_back = numbers, self._earlies, self._early_table, self._expiring
+        kernel.keep_all(keys, times, kinds, np.asarray(early["values"]), self._early_values, *held_back)
+
+
+_NO_VALUES = np.empty(0)
+
+
+def _seconds(window: Any, what: str) -> float:
+    span = window.seconds if isinstance(window, After) else window
+    return seconds_of(span, what) if isinstance(span, str) else float(span)
 
 
 def _id_of(event: Impression | Feedback | None) -> str:

@@ -8,16 +8,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from streamrec.errors import ConfigError
+from streamrec.events import Impression
 from streamrec.models import FM, BertCTR, BertFM
-from streamrec.preprocessors import Encoder
+from streamrec.preprocessors import Encoder, History
 from streamrec.protocols import Model, State
-from streamrec.schema import Schema
+from streamrec.schema import Number, Schema
 from streamrec.serving._catalogue import Catalogue
 from streamrec.serving._sides import Sides
 from streamrec.serving._warm import warm
 from streamrec.storage import Shelf, Version
 
-__all__ = ["Loader", "Serving"]
+__all__ = ["STAGES", "Loader", "Serving"]
 
 MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {
     "FM": FM.from_config,
@@ -25,6 +26,8 @@ MODELS: Mapping[str, Callable[[Mapping[str, Any]], Model]] = {
     "BertFM": BertFM.from_config,
 }
 """What a scorer can build from a version alone."""
+STAGES: dict[str, Callable[[Mapping[str, Any]], Any]] = {"History": History.from_config}
+"""By type name, what makes a stage that adds features from its `config()`; put one of your own in."""
 
 
 class Readers:
@@ -41,7 +44,19 @@ class Serving(NamedTuple):
     encoder: Encoder
     sides: Callable[[frozenset[str]], Sides]
     readers: Readers
+    stages: Sequence[Any] = ()  # what the trainer's preprocessors knew when it was published
     catalogue: Catalogue | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether candidates must be scored each as an impression: what is known of them depends on user or time."""
+        return bool(self.stages) or any(isinstance(f, Number) and f.since for f in self.model.schema)
+
+    def described(self, impressions: Sequence[Impression]) -> Sequence[Impression]:
+        """These impressions with the features that the trainer's preprocessors add."""
+        for stage in self.stages:
+            impressions = stage.describe(impressions)
+        return impressions
 
 
 class _Spare(NamedTuple):
@@ -89,7 +104,7 @@ class Loader:
         def sides(names: frozenset[str]) -> Sides:
             return Sides(schema, names)
 
-        serving = Serving(version, model, Encoder(schema), sides, Readers())
+        serving = Serving(version, model, Encoder(schema), sides, Readers(), _stages(version, state))
         warm(model, serving.encoder, sides)
         return serving
 
@@ -106,8 +121,24 @@ class Loader:
             for missed in (*spare.missed, *changes):
                 spare.model.load_changes(missed)
             serving = before._replace(version=version, model=spare.model, readers=Readers(), catalogue=None)
+            serving = serving._replace(stages=_stages(version, states[-1]))
         else:
             serving = self.whole()
         if serving is not None and serving.version.number == version.number:
             self._spare = _Spare(before.model, weakref.ref(before.readers), changes)
         return serving
+
+
+def _stages(version: Version, state: State) -> Sequence[Any]:
+    """The trainer's preprocessors that add features, as they were published."""
+    built = []
+    for described, saved in zip(version.info.get("stages", ()), state.get("stages", ()), strict=True):
+        if described["type"] not in STAGES:
+            raise ConfigError(
+                f"version {version.number} was trained with the features of a {described['type']}, which a scorer "
+                f"cannot build by itself; register it: streamrec.serving.STAGES[{described['type']!r}] = from_config"
+            )
+        stage = STAGES[described["type"]](described["config"])
+        stage.load_state_dict(saved)
+        built.append(stage)
+    return built

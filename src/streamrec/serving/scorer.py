@@ -107,11 +107,15 @@ class Scorer:
             return True
 
     def score(self, impressions: Sequence[Impression]) -> NDArray[np.float32]:
-        """float32 `(n,)`: click probabilities. Unseen and missing values are fine."""
+        """float32 `(n,)`: click probabilities. Unseen and missing values are fine.
+
+        What the trainer's preprocessors added to its impressions, such as a `History`, is added here as it was known
+        when the version was published; a feature that an impression brings already stays.
+        """
         return self._score(self._serving, impressions)
 
     def _score(self, serving: Serving, impressions: Sequence[Impression]) -> NDArray[np.float32]:
-        batch, problems = serving.encoder(impressions)
+        batch, problems = serving.encoder(serving.described(impressions))
         if problems:
             self._count(problems)
         return serving.model.predict(batch)
@@ -164,38 +168,42 @@ class Scorer:
         candidates: Sequence[str | Candidate],
         k: int | None = None,
         features: Mapping[str, Any] | None = None,
+        time: float | None = None,
     ) -> list[Ranked]:
         """The `k` candidates (all: None) this user would most probably click, best first; ties in the order given.
 
         `features`: those of the user and the moment, shared by all; a candidate's own come on top, also on top of those
         the catalogue has for it. Names of the catalogue alone, without features of their own, are ranked by what is
         kept of them; fastest as a `shortlist`. For an FM the order is by the logit, which tells apart what the float32
-        probability may not.
+        probability may not. `time`: now, in POSIX seconds, where the model or its preprocessors read it; then each
+        candidate is scored as an impression of its own, for what is known of it and the user together. Raises
+        `ConfigError` where it is needed and not given.
         """
         _check(k)
         serving = self._serving
         model, catalogue = serving.model, serving.catalogue
         shared = {} if features is None else features
-        if not isinstance(model, FM):
-            scores = self._score(serving, [_impression(catalogue, user, one, shared) for one in candidates])
+        now = _now(serving, time)
+        if not isinstance(model, FM) or serving.apart:
+            scores = self._score(serving, [_impression(catalogue, user, one, shared, now) for one in candidates])
             order = np.argsort(-scores, kind="stable")[:k]
             return paired((item_of(candidates[place]) for place in order.tolist()), scores[order])
         if catalogue is not None and catalogue.by_fm is not None:
             places = catalogue.find(candidates)
             if places is not None:
-                part = self._shared(serving, catalogue.names, user, shared, len(candidates))
+                part = self._shared(serving, catalogue.names, user, shared, len(candidates), now)
                 order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
                 names: Any = candidates.items if isinstance(candidates, Shortlist) else candidates
                 return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
-        order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared), k)
+        order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared, now), k)
         return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
 
     def _shared(
-        self, serving: Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int
+        self, serving: Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int, now: float
     ) -> NDArray[np.float32]:
         """float32 `(dim + 1,)`: the part of the fields that are not the items' own."""
         batch, problems = serving.sides(names).shared.one(
-            Impression(id="", time=0.0, user=user, item="", features=shared)
+            Impression(id="", time=now, user=user, item="", features=shared)
         )
         if problems:
             self._count(problems, times)
@@ -209,6 +217,7 @@ class Scorer:
         user: str,
         candidates: Sequence[str | Candidate],
         shared: Mapping[str, Any],
+        now: float,
     ) -> NDArray[np.float32]:
         """float32 `(n,)`: of candidates of which some bring what is not kept."""
         catalogue = serving.catalogue
@@ -235,7 +244,7 @@ class Scorer:
         if problems:
             self._count(problems)
         parts = model.parts(batch)
-        part = self._shared(serving, names, user, shared, len(candidates))
+        part = self._shared(serving, names, user, shared, len(candidates), now)
         if kept is None:
             return ranking.logits(model, part, parts, np.arange(len(parts)))
         found = np.empty(len(candidates), dtype=np.float32)
@@ -251,12 +260,14 @@ class Scorer:
         k: int | None,
         features: Mapping[str, Any] | None = None,
         exclude: Iterable[str] = (),
+        time: float | None = None,
     ) -> list[Ranked]:
         """The `k` items (all: None) of the catalogue this user would most probably click, best first; exact.
 
         `features`: those of the user and the moment. `exclude`: items to leave out; what is not in the catalogue is
         no matter. Ties in the order of the catalogue. One pass over it, in the memory of `k` items, for an FM; any
-        other model scores it all. Raises `ConfigError` where there is no catalogue.
+        other model, and one whose preprocessors add features, scores it all. `time`: as in `rank`. Raises `ConfigError`
+        where there is no catalogue.
         """
         _check(k)
         serving = self._serving
@@ -269,23 +280,24 @@ class Scorer:
         most = len(catalogue.items) - len(skipped)
         k = most if k is None else min(k, most)
         shared = {} if features is None else features
-        if catalogue.by_fm is None or not isinstance(serving.model, FM):
-            scores = self._score_catalogue(serving, catalogue, user, shared)
+        now = _now(serving, time)
+        if catalogue.by_fm is None or not isinstance(serving.model, FM) or serving.apart:
+            scores = self._score_catalogue(serving, catalogue, user, shared, now)
             places = np.delete(np.arange(len(scores)), skipped)
             places = places[np.argsort(-scores[places], kind="stable")[:k]]
             return paired(map(catalogue.items.__getitem__, places.tolist()), scores[places])
-        part = self._shared(serving, catalogue.names, user, shared, 1)
+        part = self._shared(serving, catalogue.names, user, shared, 1, now)
         _, parts, codes = catalogue.by_fm
         places, logits = ranking.top(serving.model, part, parts, k, skipped, codes)
         return paired(map(catalogue.items.__getitem__, places.tolist()), ranking.probabilities(logits))
 
     def _score_catalogue(
-        self, serving: Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any]
+        self, serving: Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any], now: float
     ) -> NDArray[np.float32]:
         scores = [np.empty(0, dtype=np.float32)]
         for begin in range(0, len(catalogue.items), BLOCK):
             some = catalogue.items[begin : begin + BLOCK]
-            scores.append(self._score(serving, [_impression(catalogue, user, one, shared) for one in some]))
+            scores.append(self._score(serving, [_impression(catalogue, user, one, shared, now) for one in some]))
         return np.concatenate(scores)
 
 
@@ -294,7 +306,16 @@ def _check(k: int | None) -> None:
         raise ConfigError(f"k must be >= 0, got {k!r}")
 
 
-def _impression(catalogue: Catalogue | None, user: str, one: str | Candidate, shared: Mapping[str, Any]) -> Impression:
+def _now(serving: Serving, time: float | None) -> float:
+    if time is None and (serving.stages or serving.model.schema.timed):
+        names = ", ".join([*(type(stage).__name__ for stage in serving.stages), *serving.model.schema.timed])
+        raise ConfigError(f"the values of {names} depend on the time: pass time=, now in POSIX seconds")
+    return 0.0 if time is None else float(time)
+
+
+def _impression(
+    catalogue: Catalogue | None, user: str, one: str | Candidate, shared: Mapping[str, Any], now: float = 0.0
+) -> Impression:
     """What `score` would be given: shared features, on top those of the catalogue, on top the candidate's own."""
     candidate = candidate_of(one)
     listed = None if catalogue is None else catalogue.candidate(candidate.item)
@@ -302,4 +323,4 @@ def _impression(catalogue: Catalogue | None, user: str, one: str | Candidate, sh
         shared = {name: value for name, value in shared.items() if name not in catalogue.names}
         shared = {**shared, **listed.features}
     features = {**shared, **candidate.features} if candidate.features else shared
-    return Impression(id="", time=0.0, user=user, item=candidate.item, features=features)
+    return Impression(id="", time=now, user=user, item=candidate.item, features=features)

@@ -372,6 +372,21 @@ class Shelf:
                     self._folder.remove(payload)
             raise
 
+    def only_newest(self) -> None:
+        """Remove all versions but the newest, whatever they are kept for. Raises `StoreError` where that is no whole
+        one, or one cannot be removed."""
+        names = self._names()
+        numbers = _numbers(names)
+        if not numbers:
+            return
+        if self._manifest(numbers[-1]).version.base is not None:
+            raise StoreError(f"{self.uri}: version {numbers[-1]} is changes of an older one: write a whole one first")
+        for number in reversed(numbers[:-1]):
+            mine = [_manifest_name(number), *(name for name in names if name.startswith(f"{number:010d}-"))]
+            if not self._remove(mine):
+                raise StoreError(f"{self.uri}: version {number} could not be removed")
+            self._bases.pop(number, None)
+
     def _prune(self, names: Sequence[str]) -> None:
         """Remove the versions beyond `keep` that no other is made of, the newest of them first.
 

@@ -11,7 +11,7 @@ from streamrec.preprocessors import LabelJoin
 from streamrec.protocols import Model, Stage, State
 from streamrec.schema import Schema
 
-__all__ = ["description", "plain", "require_parts", "require_same", "require_target"]
+__all__ = ["description", "describers", "plain", "require_parts", "require_same", "require_target"]
 
 
 def require_target(join: LabelJoin | None, target: str) -> None:
@@ -46,6 +46,11 @@ def description(model: Model) -> dict[str, Any]:
         "schema": model.schema.to_dict(),
         "config": None if config is None else config(),
     }
+
+
+def describers(preprocessors: Sequence[Stage]) -> list[Any]:
+    """Those that add features, which a service must add as well."""
+    return [stage for stage in preprocessors if hasattr(stage, "describe") and hasattr(stage, "published")]
 
 
 def require_same(model: Model, saved: Mapping[str, Any], *, what: str) -> None:

@@ -82,6 +82,16 @@ class HeldRows:
             self._refs[slots] = known[batch.text_refs]  # a reference of -1 reads the last, which is -1
         return slots
 
+    def of(self, field: int, id: int) -> NDArray[np.int64]:
+        """int64: the slots of the rows that hold this id in the field of this number."""
+        held = self._held()
+        batch = self.batch.take(held)
+        places = batch.entries
+        mine = (batch.ids[places] == id) & (batch.fields[places] == field)
+        row_of = np.repeat(np.arange(len(held)), batch.ends - batch.starts)
+        slots: NDArray[np.int64] = held[np.unique(row_of[mine])]
+        return slots
+
     def free(self, slots: Sequence[int] | NDArray[np.int64]) -> None:
         """Let these rows go."""
         count = self._free_count + len(slots)
@@ -94,22 +104,28 @@ class HeldRows:
         return np.flatnonzero(held)
 
     def _make_room(self, entries: int) -> None:
-        """Move what is held to the front of columns with room for `entries` more, and drop texts nobody refers to."""
+        """Move what is held to the front of the columns, make them longer if `entries` more would fill over half of
+        them, and drop texts nobody refers to. In place, column by column: no more than one column is there twice."""
         held = self._held()
-        kept = self.batch.take(held).compact()
+        order = held[np.argsort(self._starts[held], kind="stable")]
+        columns = self._ids, self._values, self._fields
+        self._end = _to_the_front(order, self._starts, self._ends, *columns)
         size = len(self._ids)
-        while size < 2 * (len(kept.ids) + entries):  # at most half full, so that the next move is far off
+        while size < 2 * (self._end + entries):  # at most half full, so that the next move is far off
             size *= 2
-        for name in ("ids", "values", "fields"):
-            column = getattr(kept, name)
-            larger = np.empty(size, dtype=column.dtype)
-            larger[: len(column)] = column
-            setattr(self, f"_{name}", larger)
-        self._starts[held], self._ends[held] = kept.starts, kept.ends
-        self._end = len(kept.ids)
+        if size > len(self._ids):
+            del columns
+            for name in ("_ids", "_values", "_fields"):
+                column = getattr(self, name)
+                larger = np.empty(size, dtype=column.dtype)
+                larger[: self._end] = column[: self._end]
+                setattr(self, name, larger)
+                del column
         if self._text_fields:
-            self._refs[held] = kept.text_refs
-            self._in_order = list(kept.texts)
+            used, refs = np.unique(self._refs[held], return_inverse=True)
+            known = int(used.size and used[0] < 0)  # -1: no text
+            self._refs[held] = refs.reshape(len(held), self._text_fields) - known
+            self._in_order = [self._in_order[ref] for ref in used[known:].tolist()]
             self._texts = {text: ref for ref, text in enumerate(self._in_order)}
 
     def _more_slots(self, rows: int) -> None:
@@ -196,3 +212,19 @@ def _hold(
         all_starts[slots[n]] = begin + starts[n]
         all_ends[slots[n]] = begin + ends[n]
         all_times[slots[n]] = times[n]
+
+
+@compiled()
+def _to_the_front(order: Any, starts: Any, ends: Any, ids: Any, values: Any, fields: Any) -> int:
+    """Close the gaps between these rows, which ascend; return where the last one ends."""
+    end = 0
+    for n in range(len(order)):
+        row = order[n]
+        begin = starts[row]
+        count = ends[row] - begin
+        if begin != end:
+            for k in range(count):
+                ids[end + k], values[end + k], fields[end + k] = ids[begin + k], values[begin + k], fields[begin + k]
+        starts[row], ends[row] = end, end + count
+        end += count
+    return end

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any
@@ -24,8 +24,9 @@ from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Va
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Text
-from streamrec.storage import Store, Version
-from streamrec.trainers._saved import description, plain, require_parts, require_same, require_target
+from streamrec.storage import Archive, Store, Version
+from streamrec.trainers._forget import forget_rows, names_of, purge_letters
+from streamrec.trainers._saved import describers, description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
 from streamrec.trainers.gate import Gate
@@ -64,7 +65,11 @@ class OnlineTrainer:
     are cut; one that is due while the one before is being written is cut as soon as that is done. False: the stream
     waits until they are written. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks to
     learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
-    judge all of them. `gate`: tries each version before it is served.
+    judge all of them. `early_negatives`: learn each impression as a non-click when it is shown and as a click when one
+    comes, with the fake-negative weighted loss, instead of once when its window closes: see `docs/labels.md` for when
+    that pays. The metrics wait for the label all the same. `archive`: an `Archive` or where to make one: every event
+    that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
+    `gate`: tries each version before it is served.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -89,6 +94,8 @@ class OnlineTrainer:
         batch_size: int = 256,
         target: str = "click",
         negatives: float = 1.0,
+        early_negatives: bool = False,
+        archive: Archive | str | os.PathLike[str] | None = None,
         dead_letters: DeadLetters | None = None,
         gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -101,6 +108,8 @@ class OnlineTrainer:
         if not checkpoint_seconds > 0:
             raise ConfigError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds!r}")
         require_target(join, target)
+        if early_negatives and join is None:
+            raise ConfigError("early_negatives needs a join, which tells when clicks come: give a LabelJoin")
         self.model = model
         self.preprocessors = list(preprocessors)
         self.join = join
@@ -112,6 +121,10 @@ class OnlineTrainer:
         self.batch_size = batch_size
         self.target = target
         self.negatives = negatives
+        self.early_negatives = early_negatives
+        self.archive = Archive(archive) if isinstance(archive, (str, os.PathLike)) else archive
+        if self.archive is not None and store is None:
+            raise ConfigError("an archive is committed with checkpoints: give a store as well")
         self.dead_letters = DeadLetters() if dead_letters is None else dead_letters
         self._clock = clock
         self._validate = Validate()
@@ -124,7 +137,8 @@ class OnlineTrainer:
             gate.attach(self._require_store(), self._published)
         notes = self.validation.notes if gate is None else [*self.validation.notes, gate.notes]
         self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), notes)
-        self._step = model.step if isinstance(model, OrderedModel) else InOrder(model).step
+        ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
+        self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
         joined = () if join is None else join.kinds
         self._numbers = np.array([self._kinds.setdefault(kind, len(self._kinds)) for kind in joined], dtype=np.int64)
@@ -152,6 +166,8 @@ class OnlineTrainer:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         self._note(shown, batch, slots)
         self._rows.served[slots] = _served(self.model.predict(batch), shown)
+        if self.archive is not None:
+            self.archive.hold(slots, shown)
         return slots
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
@@ -197,6 +213,8 @@ class OnlineTrainer:
         kept = usable
         for stage in self.preprocessors:
             kept = stage.push(kept)
+        if self.archive is not None:
+            self.archive.add(kept)
         kinds = {*map(type, kept)}
         if not kinds <= _USUAL:
             shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
@@ -239,6 +257,8 @@ class OnlineTrainer:
             letters.append((place, DeadLetter({"impression_id": shown[problem.row].id}, reason)))
         for _, letter in sorted(letters, key=itemgetter(0)):
             self.dead_letters.add(letter)
+            if self.archive is not None:
+                self.archive.bury(letter)
 
     def _advance(self, events: Sequence[Any], shown: Sequence[Impression], batch: Batch) -> list[float]:
         """Score, join, judge and learn, in the order of the events; return the scores. `batch`: those `shown` in
@@ -249,8 +269,11 @@ class OnlineTrainer:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         if self._rows.notes and shown:
             self._note(shown, batch, slots)
+        archive = self.archive if self.join is not None else None
+        if archive is not None:
+            archive.hold(slots, shown)
         kinds_here = dict(self._kinds)  # a copy: `Labeled` items may bring new kinds without end
-        todo = self._plan(events, slots, kinds_here)
+        todo, closed = self._plan(events, slots, kinds_here)
         self._counts["learned"] += todo.learned
         self._counts["sampled_out"] += todo.sampled_out
         found = _NO_SCORES
@@ -268,6 +291,8 @@ class OnlineTrainer:
                 names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
                 [column[todo.judged_rows] for column in self._rows.notes],
             )
+        if archive is not None and self.join is not None and closed is not None:
+            archive.label(closed, self.join.kinds, self._rows.served, todo.freed)
         self._rows.free(todo.freed)
         scores: list[float] = found.tolist()
         return scores
@@ -310,15 +335,17 @@ class OnlineTrainer:
         scores: list[float] = found.tolist()
         return scores
 
-    def _plan(self, events: Sequence[Any], slots: NDArray[np.int64], kinds: dict[str, int]) -> Plan:
-        """What these events ask for, in order. `kinds`: their numbers; new ones are added."""
+    def _plan(
+        self, events: Sequence[Any], slots: NDArray[np.int64], kinds: dict[str, int]
+    ) -> tuple[Plan, NDArray[Any] | None]:
+        """What these events ask for, in order, and what the join says. `kinds`: their numbers; new ones are added."""
         join = self.join
         codes = event_codes(events, {}) if join is None else join.codes(events)
         closed = None
         if join is not None:
             payloads = np.zeros(len(codes), dtype=np.int64)
             payloads[codes < UNKNOWN] = slots
-            closed = join.steps(events, codes, payloads)
+            closed = join.steps(events, codes, payloads, at_once=self.early_negatives)
         else:
             self._counts["unjoined"] += int(np.count_nonzero(codes != PASSED))
         given = None
@@ -331,7 +358,8 @@ class OnlineTrainer:
                 np.array([event.kind == self.target for event in labeled], dtype=np.bool_),
             )
         numbers = self._numbers, self._learned
-        return plan(codes, slots, closed, *numbers, given, self._rows.draws, self.negatives)
+        draws, early = self._rows.draws, self.early_negatives
+        return plan(codes, slots, closed, *numbers, given, draws, self.negatives, early), closed
 
     # -- a whole source ------------------------------------------------------------------------------------------------
 
@@ -407,6 +435,7 @@ class OnlineTrainer:
         counts["left_out"] = getattr(self.model, "left_out", 0)
         counts["unjoined"] = self._counts["unjoined"]
         counts["sampled_out"] = self._counts["sampled_out"]
+        counts["corrected"] = 0 if self.join is None else self.join.corrected
         for part in (*self.preprocessors, self.join, self.dead_letters):
             if part is not None:
                 counts.update(part.counts)
@@ -480,8 +509,9 @@ class OnlineTrainer:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
         if self.gate is not None:
             self.gate.decide()
+        part = 0 if self.archive is None else self.archive.cut()
         model, base, copied = self._saver.cut(published=False)
-        info = {"model": description(self.model), "metrics": plain(self.validation.compute())}
+        info = {"model": description(self.model), "metrics": plain(self.validation.compute()), "archive": part}
         state = {**self._state(model), "position": position}
         return self._cut_published(), Cut(state, info, base, published=False, copied=copied)
 
@@ -492,13 +522,23 @@ class OnlineTrainer:
             "metrics": plain(self.validation.compute()),
             "events": self._counts["events"],
         }
-        return Cut({"model": model}, info, base, published=True, copied=copied)
+        state: dict[str, Any] = {"model": model}
+        stages = describers(self.preprocessors)
+        if stages:
+            info["stages"] = [{"type": type(stage).__name__, "config": stage.config()} for stage in stages]
+            state["stages"] = [stage.published() for stage in stages]
+        return Cut(state, info, base, published=True, copied=copied)
 
     def _write(self, store: Store, published: Cut, checkpoint: Cut) -> Version:
         """Write both, and then make the stored ones shorter where there are too many changes."""
         # published first: a process killed between the two cuts this checkpoint again, and publishes again
+        if self.archive is not None:
+            self.archive.write()
         self._saver.write(store.versions, published)
         version = self._saver.write(store.checkpoints, checkpoint)
+        if self.archive is not None:
+            oldest = min(int(one.info.get("archive", 0)) for one in store.checkpoints.list())
+            self.archive.commit(int(checkpoint.info["archive"]), oldest)
         self._saver.compact(store.versions, published=True)
         self._saver.compact(store.checkpoints, published=False)
         return version
@@ -548,6 +588,34 @@ class OnlineTrainer:
                 self.join.load_state_dict(left["join"])
                 self._take_over()
 
+    def forget(self, user: str, position: Position | None = None) -> Mapping[str, int]:
+        """Forget a user, in memory and in all files: rows of the model, histories, what waits for a label, dead
+        letters, the archive. Then a checkpoint is saved with the source's `position`, a version published, and all
+        older ones are removed. Returns how many rows went, by where they were.
+
+        A user behind `Pseudonymize` is named as in front of it. What the model has learned about items, and its
+        metrics, stays. Call it between two pushes. Raises `ConfigError` where a model cannot forget, `StoreError`.
+        """
+        self._written()
+        gone: Counter[str] = Counter()
+        for name in names_of(user, self.preprocessors):
+            parts = self.model, self._encoder, self._rows, self.join, self.archive
+            gone["rows"] += forget_rows(name, *parts)
+            for stage in self.preprocessors:
+                gone[type(stage).__name__] += getattr(stage, "forget", lambda _: 0)(name)
+            gone["dead_letters"] += purge_letters(name, self.dead_letters)
+        self._saver.forget()
+        if self.store is not None:
+            self.checkpoint(position)
+            if self.archive is not None:
+                for name in names_of(user, self.preprocessors):
+                    gone["archive"] += self.archive.forget(name)
+            if self.store.served.pinned() is not None:
+                self.store.served.follow(why="a user was forgotten, of whom the version before may know")
+            self.store.checkpoints.only_newest()
+            self.store.versions.only_newest()
+        return dict(gone)
+
     def state_dict(self) -> State:
         """Everything, cut now: model, open joins and their rows, preprocessors, metrics, counts, dead letters."""
         return self._state(self.model.state_dict())
@@ -566,6 +634,7 @@ class OnlineTrainer:
             "metrics": self.validation.state_dict(),
             "dead_letters": self.dead_letters.state_dict(),
             "gate": None if self.gate is None else self.gate.state_dict(),
+            "archive": None if self.archive is None else self.archive.state_dict(),
             "counts": dict(self._counts),
             "seconds": self._seconds,
         }
@@ -588,6 +657,8 @@ class OnlineTrainer:
         self.dead_letters.load_state_dict(state["dead_letters"])
         if self.gate is not None:
             self.gate.load_state_dict(state["gate"])
+        if self.archive is not None and state["archive"] is not None:
+            self.archive.load_state_dict(state["archive"])
         self._counts = Counter(state["counts"])
         self._seconds = state["seconds"]
         self._saved_events = self._counts["events"]

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
+from streamrec.preprocessors._join_kernel import AT_ONCE, CORRECTION, LABEL
 from streamrec.preprocessors.label_join import CLOSED, PASSED, UNKNOWN
-from streamrec.protocols import LEARN, SCORE
+from streamrec.protocols import LEARN, SCORE, WEIGH
 
 __all__ = ["Plan", "plan"]
 
-_SCORE, _LEARN, _BOTH = np.int8(SCORE), np.int8(LEARN), np.int8(SCORE | LEARN)
+_SCORE, _LEARN, _BOTH, _WEIGH = np.int8(SCORE), np.int8(LEARN), np.int8(SCORE | LEARN), np.int8(WEIGH)
 
 
 class Plan(NamedTuple):
@@ -48,6 +49,7 @@ def plan(
     given: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]] | None,
     draws: NDArray[np.float64],
     negatives: float,
+    early: bool = False,
 ) -> Plan:
     """Lay out what events with these `codes` ask for.
 
@@ -55,9 +57,10 @@ def plan(
     them; None where there is no join, and impressions are scored and let go. `kinds`: the number of each kind of the
     join; that at place `target` is learned. `given`: label, weight, number of the kind and whether it is learned, of
     each labeled example; None where there is none. `draws`: by slot, a number in [0, 1): of the non-clicks, those under
-    `negatives` are learned, with 1/negatives of their weight.
+    `negatives` are learned, with 1/negatives of their weight. `early`: each impression is learned as a non-click
+    when it is scored, and as a click when word of one comes, both weighed; labels are judged when they come.
     """
-    if given is None and closed is not None and not len(closed):  # nothing but impressions to score
+    if given is None and closed is not None and not len(closed) and not early:  # nothing but impressions to score
         count = len(slots)
         ops, zeros = np.full(count, _SCORE), np.zeros(count, dtype=np.float32)
         ones = np.ones(count, dtype=np.float32)
@@ -70,7 +73,7 @@ def plan(
     lay_out: Any = _lay_out  # mypy cannot follow so many unpacked arguments
     done, judged, free, learned, sampled_out = lay_out(
         *(codes, slots, here, closed is None),
-        *(kinds, target, *(given or _NONE_GIVEN), draws, np.float32(negatives)),
+        *(kinds, target, *(given or _NONE_GIVEN), draws, np.float32(negatives), early),
         *(rows, ops, labels, weights, scored, judged_rows, judged_labels, judged_weights, judged_kinds, freed),
     )
     return Plan(
@@ -100,6 +103,7 @@ def _lay_out(
     given_learned: Any,
     draws: Any,
     negatives: Any,
+    early: bool,
     rows: Any,
     ops: Any,
     labels: Any,
@@ -115,15 +119,15 @@ def _lay_out(
     shown = known = at = 0
     one = np.float32(1.0)
     for n in range(len(codes)):
+        refused = False
         # what its time closes came before the event in the stream, and is learned before it is scored
-        while at < len(closed) and closed[at].event == n:
-            row, kind, label = closed[at].payload, closed[at].kind, closed[at].label
+        while at < len(closed) and closed[at].event == n and closed[at].what == LABEL:
+            row, kind, label, weight = closed[at].payload, closed[at].kind, closed[at].label, closed[at].weight
             if kind >= 0:
                 judged_rows[judged], judged_labels[judged] = row, label
-                judged_weights[judged], judged_kinds[judged] = one, kinds[kind]
+                judged_weights[judged], judged_kinds[judged] = weight, kinds[kind]
                 judged += 1
-                if kind == target:
-                    weight = one
+                if kind == target and not early:
                     learns = True
                     if negatives < one and label == 0:
                         learns = draws[row] < negatives
@@ -134,37 +138,57 @@ def _lay_out(
                         learned += 1
                     else:
                         sampled_out += 1
+            elif codes[n] < UNKNOWN and row == slots[shown]:
+                refused = True
             if closed[at].last:
                 freed[free] = row
                 free += 1
             at += 1
-        if codes[n] >= UNKNOWN:  # feedback
-            continue
-        row = slots[shown]
-        scored[shown] = done
-        shown += 1
-        rows[done], ops[done], labels[done], weights[done] = row, _SCORE, np.float32(0.0), one
-        if codes[n] == PASSED:  # a labeled example
-            label, weight, learns = given_labels[known], given_weights[known], given_learned[known]
-            labels[done] = label
-            if given_kinds[known]:
-                judged_rows[judged], judged_labels[judged] = row, label
-                judged_weights[judged], judged_kinds[judged] = weight, given_kinds[known]
-                judged += 1
-            known += 1
-            if learns and negatives < one and label == 0:
-                learns = draws[row] < negatives
-                weight = weight / negatives
-                if not learns:
+        if codes[n] < UNKNOWN:
+            row = slots[shown]
+            scored[shown] = done
+            shown += 1
+            rows[done], ops[done], labels[done], weights[done] = row, _SCORE, np.float32(0.0), one
+            if codes[n] == PASSED:  # a labeled example
+                label, weight, learns = given_labels[known], given_weights[known], given_learned[known]
+                labels[done] = label
+                if given_kinds[known]:
+                    judged_rows[judged], judged_labels[judged] = row, label
+                    judged_weights[judged], judged_kinds[judged] = weight, given_kinds[known]
+                    judged += 1
+                known += 1
+                if learns and negatives < one and label == 0:
+                    learns = draws[row] < negatives
+                    weight = weight / negatives
+                    if not learns:
+                        sampled_out += 1
+                weights[done] = weight
+                if learns:
+                    ops[done] = _BOTH
+                    learned += 1
+                freed[free] = row
+                free += 1
+            elif unjoined:
+                freed[free] = row
+                free += 1
+            elif early and not refused:
+                if negatives < one and draws[row] >= negatives:
                     sampled_out += 1
-            weights[done] = weight
-            if learns:
-                ops[done] = _BOTH
+                else:
+                    ops[done] = _BOTH | _WEIGH
+                    weights[done] = one / negatives
+                    learned += 1
+            done += 1
+        # what it makes known itself: it may be an impression whose click was here before it
+        while at < len(closed) and closed[at].event == n:
+            row, what = closed[at].payload, closed[at].what
+            if closed[at].kind == target and (what == CORRECTION or (early and what == AT_ONCE)):
+                rows[done], labels[done], weights[done] = row, closed[at].label, closed[at].weight
+                ops[done] = _LEARN | _WEIGH if early else _LEARN
+                done += 1
                 learned += 1
-            freed[free] = row
-            free += 1
-        elif unjoined:
-            freed[free] = row
-            free += 1
-        done += 1
+            if closed[at].last:
+                freed[free] = row
+                free += 1
+            at += 1
     return done, judged, free, learned, sampled_out

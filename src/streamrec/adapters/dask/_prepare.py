@@ -16,7 +16,7 @@ from streamrec.adapters.dask._pieces import ListPiece, pieces_of
 from streamrec.batch import LabeledRows
 from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Decoded, Event, decode_event
-from streamrec.preprocessors import Dedup, Filter, LabelJoin, Validate
+from streamrec.preprocessors import Dedup, Expect, Filter, LabelJoin, Pseudonymize, Redact, Validate
 from streamrec.protocols import Stage, State
 from streamrec.schema import Schema
 from streamrec.sources import Memory
@@ -25,6 +25,9 @@ from streamrec.storage.encoded import Part, commit_rows, write_part
 from streamrec.trainers import JoinedEvents
 
 __all__ = ["prepare"]
+
+_KNOWN = Dedup, Expect, Filter, Pseudonymize, Redact
+"""How far back they remember is known: all but `Dedup` not at all."""
 
 AT_ONCE = 500_000
 """Rows of a file: what a part holds in memory at most, beside what is open."""
@@ -77,7 +80,7 @@ def prepare(
 
     The rows, their order and the counts are those of `JoinedEvents` over the whole archive. Each part of it begins to
     read so far before its own first event that what the preprocessors and the join remember there is what they would
-    have remembered: `overlap` seconds of event time, or None, which is enough for `Dedup`, `Filter` and `LabelJoin`:
+    have remembered: `overlap` seconds of event time, or None, which is enough for `Dedup`, `LabelJoin` and filters:
     the longest window and the lateness of the join, and twice the ttl of each `Dedup`. A preprocessor of your own that
     remembers needs it given. Two things are left: an id that comes again and again for longer than the overlap, each
     time within the ttl, may be kept where one process drops it; and a `capacity` that is too small evicts other things.
@@ -94,7 +97,7 @@ def prepare(
     """
     client = require_client(client)
     if overlap is None:
-        strangers = [type(stage).__name__ for stage in preprocessors if not isinstance(stage, (Dedup, Filter))]
+        strangers = [type(stage).__name__ for stage in preprocessors if not isinstance(stage, _KNOWN)]
         if strangers:
             raise ConfigError(
                 f"nobody knows how far back {', '.join(strangers)} remembers: give overlap, in seconds of event time"
@@ -131,7 +134,9 @@ def prepare(
 
 
 def _overlap(preprocessors: Sequence[Stage], join: LabelJoin | None) -> float:
-    seconds = 0.0 if join is None else join.lateness + max(join.windows.values())
+    seconds = 0.0
+    if join is not None:
+        seconds = join.lateness + max(join.windows.values()) + (join.keep if join.late == "correct" else 0.0)
     return seconds + sum(2 * stage.ttl for stage in preprocessors if isinstance(stage, Dedup))
 
 

@@ -1,0 +1,425 @@
+"""Archive: every accepted event, every label and every dead letter in Parquet files, exactly once over restarts.
+
+The rows that came between two checkpoints are a part. Its files are written before its checkpoint, and named in the
+manifest, `manifest/archive.json`, after it: a file that is not named there is not there. A process killed between the
+two names them when it resumes; killed before, it removes them and writes them again. Files of an hour are put together
+when no checkpoint needs them apart.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from fsspec.core import url_to_fs
+from numpy.typing import NDArray
+
+from streamrec.errors import ConfigError, StoreError
+from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
+from streamrec.protocols import State
+from streamrec.storage._archive_rows import ArchivedRows, arrow, hour_of, rows_of
+from streamrec.storage._folders import folder
+
+__all__ = ["Archive"]
+
+FORMAT = 1
+DATASETS = ("events", "labels", "dead")
+_FOLDER, _MANIFEST = "manifest", "archive.json"
+_AT_ONCE = 8192  # events that become columns at once
+
+
+class _File(msgspec.Struct, frozen=True, array_like=True):
+    """A file of rows of the parts `first` to `last`, in the order in which they came."""
+
+    name: str
+    dataset: str
+    hour: int
+    first: int
+    last: int
+    rows: int
+
+
+class _Manifest(msgspec.Struct):
+    format: int
+    part: int
+    files: list[_File]
+
+
+class Archive:
+    """What an `OnlineTrainer` writes down beside learning: give it one as `archive`. Needs pyarrow.
+
+    `uri`: a path or any fsspec URI. `compact`: files of an hour that become one. `most`: rows held in memory between
+    checkpoints; more are written before it. `raw`: whether dead letters keep their bytes, and their reasons more than
+    the category, which quote what came. There are three datasets of Parquet files, in folders by date and hour of
+    event time, UTC (`events/date=2023-11-14/hour=22/`):
+
+    - `events`: each impression and feedback that reached the model or the join, after the preprocessors. Columns
+      `type`, `id`, `time`, `user`, `item`, `features` (JSON), `score`; `impression_id`, `kind`, `value`; and `number`,
+      its place among all.
+    - `labels`: each label, by the hour of its impression: `impression_id`, `time`, `kind`, `label`, `weight`, `score`
+      as it was served, `corrects`, `number`.
+    - `dead`: dead letters: `position` (JSON), `reason`, `raw`, `number`; in no folders, since they have no time.
+
+    One writer and any number of readers: `read` gives a source, `files` the URIs for Dask or any other reader.
+    """
+
+    def __init__(
+        self, uri: str | os.PathLike[str], *, compact: int = 16, most: int = 1_000_000, raw: bool = True
+    ) -> None:
+        arrow()
+        self.uri = os.fspath(uri)
+        if compact < 2:
+            raise ConfigError(f"compact must be >= 2 files, got {compact!r}")
+        if most < 1:
+            raise ConfigError(f"most must be >= 1 row, got {most!r}")
+        self.compact = compact
+        self.raw = raw
+        self.most = most
+        self._fs, root = url_to_fs(self.uri)
+        self._root = str(root).rstrip("/")
+        self._waiting: list[Any] = []  # events that are no columns yet, with their numbers
+        self._labels: list[tuple[Any, ...]] = []
+        self._dead: list[tuple[Any, ...]] = []
+        self._tables: list[tuple[str, Any]] = []  # dataset and columns
+        self._held = 0
+        self._counted = dict.fromkeys(DATASETS, 0)  # rows of each so far
+        self._part = 0  # cut so far
+        self._spilled: list[_File] = []
+        self._names: dict[int, str] = {}  # ids of open impressions, by slot
+        self._cuts: dict[int, list[_File]] = {}  # cut, and not known to be in the manifest
+        self._unwritten: list[tuple[_File, Any]] = []
+        self._begun = False
+
+    # -- what a trainer calls ------------------------------------------------------------------------------------------
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Take accepted events, in order. A labeled example is archived as its impression, and its label."""
+        for event in events:
+            self._counted["events"] += 1
+            if isinstance(event, Labeled):
+                shown = event.impression
+                self._waiting.append((self._counted["events"], shown))
+                self._label(shown.id, shown.time, event.kind, event.label, event.weight, shown.score, False)
+            else:
+                self._waiting.append((self._counted["events"], event))
+        if len(self._waiting) >= _AT_ONCE:
+            self._flush()
+
+    def hold(self, slots: NDArray[np.int64], shown: Sequence[Impression]) -> None:
+        """These impressions wait for their labels under these numbers."""
+        self._names.update(zip(slots.tolist(), [one.id for one in shown], strict=True))
+
+    def label(self, closed: NDArray[Any], kinds: Sequence[str], served: NDArray[np.float32], freed: Any) -> None:
+        """Take labels as `LabelJoin.steps` gives them; `served`: the scores by slot; `freed`: slots that wait no
+        more."""
+        given = closed[(closed["kind"] >= 0) & (closed["what"] != 1)]
+        rows = zip(
+            *(given[name].tolist() for name in ("payload", "time", "kind", "label", "weight", "what")),
+            served[given["payload"]].tolist(),
+            strict=True,
+        )
+        for slot, time, kind, label, weight, what, score in rows:
+            self._label(self._names.get(slot), time, kinds[kind], label, weight, score, what == 2)
+        self.release(freed)
+
+    def bury(self, letter: DeadLetter) -> None:
+        """Take a dead letter."""
+        self._counted["dead"] += 1
+        position = msgspec.json.encode(letter.position).decode()
+        reason = letter.reason.encode("utf-8", "replace").decode()
+        if not self.raw:
+            reason = reason.partition(":")[0]
+        self._dead.append((position, reason, letter.raw if self.raw else b"", self._counted["dead"]))
+        if len(self._dead) >= _AT_ONCE:
+            self._flush()
+
+    def release(self, slots: NDArray[np.int64]) -> None:
+        """These wait no more."""
+        for slot in slots.tolist():
+            self._names.pop(slot, None)
+
+    def _label(self, *row: Any) -> None:
+        self._counted["labels"] += 1
+        self._labels.append((*row, self._counted["labels"]))
+        if len(self._labels) >= _AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Make columns of what was taken, and write them where they are too many to be held."""
+        for dataset, rows in zip(DATASETS, (self._waiting, self._labels, self._dead), strict=True):
+            if rows:
+                self._tables.append((dataset, rows_of(dataset, rows)))
+                self._held += len(rows)
+                rows.clear()
+        if self._held >= self.most:
+            if not self._begun:
+                self.begin()
+            for file, table in self._take(self._part + 1):
+                self._put(file.name, table)
+                self._spilled.append(file)
+
+    def _take(self, part: int) -> list[tuple[_File, Any]]:
+        """The files of what is held, with their columns."""
+        pa = arrow()
+        held: dict[tuple[str, int], list[Any]] = defaultdict(list)
+        for dataset, table in self._tables:
+            hours = hour_of(dataset, table)
+            for hour in np.unique(hours).tolist():
+                mine = hours == hour
+                held[dataset, hour].append(table if mine.all() else table.filter(pa.array(mine)))
+        self._tables, self._held = [], 0
+        chunk = len(self._spilled)
+        files = []
+        for (dataset, hour), tables in sorted(held.items()):
+            table = pa.concat_tables(tables)
+            name = f"{_folder(dataset, hour)}part-{part:010d}-{chunk:04d}.parquet"
+            files.append((_File(name, dataset, hour, part, part, table.num_rows), table))
+        return files
+
+    def cut(self) -> int:
+        """End a part, and return its number. Nothing may be under way of `write` and `commit`."""
+        self._flush()
+        self._part += 1
+        files = self._take(self._part)
+        self._cuts[self._part] = [*self._spilled, *(file for file, _ in files)]
+        self._unwritten += files
+        self._spilled = []
+        return self._part
+
+    def write(self) -> None:
+        """Write the files of all parts that were cut, before the checkpoint that holds them. Raises `StoreError`: they
+        are written the next time."""
+        if not self._begun:
+            self.begin()
+        while self._unwritten:
+            self._put(self._unwritten[0][0].name, self._unwritten[0][1])
+            del self._unwritten[0]
+
+    def commit(self, part: int, needed: int) -> None:
+        """A checkpoint has made all parts up to this one last: name their files, and put files of parts up to `needed`,
+        before which no checkpoint goes back, together. Raises `StoreError`."""
+        manifest = self._manifest()
+        known = {file.name for file in manifest.files}
+        for number in sorted(self._cuts):
+            if number <= part:
+                manifest.files += [file for file in self._cuts.pop(number) if file.name not in known]
+        manifest.part = part
+        self._save(manifest)
+        self._put_together(manifest, min(needed, part))
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, table: Any) -> None:
+        from pyarrow import parquet
+
+        buffer = io.BytesIO()
+        parquet.write_table(table, buffer, compression="zstd", compression_level=1)
+        self._put_bytes(name, buffer.getbuffer())
+
+    def _put_bytes(self, name: str, content: memoryview | bytes) -> None:
+        where, _, last = name.rpartition("/")
+        place = folder(self.uri, where)
+        try:
+            place.make()
+            place.write(last, [content], "archive")
+        except OSError as error:
+            raise StoreError(f"cannot write {name} to {self.uri}: {error}") from error
+
+    def _manifest(self) -> _Manifest:
+        place = folder(self.uri, _FOLDER)
+        try:
+            if not place.exists(_MANIFEST):
+                return _Manifest(FORMAT, 0, [])
+            found = msgspec.json.decode(place.read(_MANIFEST).tobytes(), type=_Manifest)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StoreError(f"cannot read {_MANIFEST} of {self.uri}: {error}") from error
+        if found.format != FORMAT:
+            raise StoreError(f"{self.uri} has format {found.format!r}, this streamrec reads format {FORMAT}")
+        return found
+
+    def _save(self, manifest: _Manifest) -> None:
+        self._put_bytes(f"{_FOLDER}/{_MANIFEST}", msgspec.json.encode(manifest))
+
+    def _put_together(self, manifest: _Manifest, needed: int) -> None:
+        """Make one file of the many of an hour whose parts no checkpoint needs apart."""
+        pa = arrow()
+        groups: dict[tuple[str, int], list[_File]] = defaultdict(list)
+        for file in manifest.files:
+            if file.last <= needed:
+                groups[file.dataset, file.hour].append(file)
+        gone: set[str] = set()
+        for (dataset, hour), files in groups.items():
+            small = sorted((one for one in files if one.first == one.last), key=lambda one: one.name)
+            if len(small) < self.compact:
+                continue
+            table = pa.concat_tables([self._table(one.name) for one in small])
+            first, last = small[0].first, small[-1].last
+            name = f"{_folder(dataset, hour)}parts-{first:010d}-{last:010d}.parquet"
+            self._put(name, table)
+            gone |= {one.name for one in small}
+            manifest.files.append(_File(name, dataset, hour, first, last, table.num_rows))
+        if gone:
+            manifest.files = [one for one in manifest.files if one.name not in gone]
+            self._save(manifest)
+            self._remove(gone)
+
+    def _table(self, name: str) -> Any:
+        from pyarrow import parquet
+
+        try:
+            with self._fs.open(f"{self._root}/{name}", "rb") as file:
+                return parquet.read_table(file)
+        except OSError as error:
+            raise StoreError(f"cannot read {name} of {self.uri}: {error}") from error
+
+    def _remove(self, names: Collection[str]) -> None:
+        for name in names:
+            try:
+                self._fs.rm_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise StoreError(f"cannot remove {name} from {self.uri}: {error}") from error
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def files(self, dataset: str) -> list[str]:
+        """The URIs of the files of "events", "labels" or "dead", in the order of time: for
+        `dask.dataframe.read_parquet(archive.files("events"))`, pandas or any other reader."""
+        return [str(self._fs.unstrip_protocol(f"{self._root}/{one.name}")) for one in self._files(dataset)]
+
+    def _files(self, dataset: str) -> list[_File]:
+        if dataset not in DATASETS:
+            raise ConfigError(f"there is no dataset {dataset!r}: choose from {', '.join(DATASETS)}")
+        files = [one for one in self._manifest().files if one.dataset == dataset]
+        return sorted(files, key=lambda one: (one.hour, one.first, one.name))
+
+    def read(self, dataset: str = "events", *, decode: Callable[[bytes], Event] = decode_event) -> ArchivedRows:
+        """A source over what is committed now, hour by hour, each in the order in which it came.
+
+        "events"; "labeled": the labels with their impressions, as `Labeled` items; "dead": dead letters, tried once
+        more with `decode`, so that what a fix can read comes as events. Holds an hour of rows in memory.
+        """
+        if dataset == "labeled":
+            labels = self._hours("labels")
+            events = self._hours("events")
+            return ArchivedRows(dataset, labels, self._table, decode, events)
+        return ArchivedRows(dataset, self._hours(dataset), self._table, decode)
+
+    def _hours(self, dataset: str) -> dict[int, list[str]]:
+        hours: dict[int, list[str]] = {}
+        for file in self._files(dataset):
+            hours.setdefault(file.hour, []).append(file.name)
+        return hours
+
+    # -- forgetting ----------------------------------------------------------------------------------------------------
+
+    def forget(self, user: str) -> int:
+        """Remove all rows of this user: impressions, the feedback on them, labels, and dead letters that name the user;
+        return how many. Files are written anew, and the old ones removed. Nothing may be held: checkpoint first."""
+        manifest = self._manifest()
+        ids: set[str] = set()
+        for file in manifest.files:
+            if file.dataset == "events":
+                columns = self._table(file.name).select(["id", "user"]).to_pydict()
+                ids.update(id for id, one in zip(columns["id"], columns["user"], strict=True) if one == user)
+        removed = 0
+        files, gone = [], []
+        for file in manifest.files:
+            table = self._table(file.name)
+            kept = _of_others(file.dataset, table, user, ids)
+            if kept.all():
+                files.append(file)
+                continue
+            removed += len(kept) - int(kept.sum())
+            gone.append(file.name)
+            if kept.any():
+                stem = file.name.removesuffix(".parquet")
+                name = f"{stem}x.parquet"  # the old one stays whole until the manifest names this one
+                self._put(name, table.filter(arrow().array(kept)))
+                files.append(msgspec.structs.replace(file, name=name, rows=int(kept.sum())))
+        if gone:
+            manifest.files = files
+            self._save(manifest)
+            self._remove(gone)
+        return removed
+
+    # -- the cut -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """The number of the last part that was cut, its files that may not be named yet, and the ids that wait."""
+        files = [file for number in sorted(self._cuts) for file in self._cuts[number]]
+        return {
+            "part": self._part,
+            "counted": dict(self._counted),
+            "files": msgspec.json.encode(files).decode(),
+            "slots": np.array([*self._names], dtype=np.int64),
+            "names": [*self._names.values()],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after the checkpoint that `state` is of: name the files of its parts, and remove those of later ones.
+
+        Raises `StoreError` where rows of later parts can be told apart no more.
+        """
+        manifest = self._manifest()
+        part = int(state["part"])
+        mixed = [one for one in manifest.files if one.first <= part < one.last]
+        if mixed:
+            raise StoreError(f"{self.uri} holds rows from after the checkpoint in {mixed[0].name}: use another archive")
+        known = {one.name for one in manifest.files}
+        missing = msgspec.json.decode(state["files"], type=list[_File])
+        missing = [one for one in missing if one.name not in known and not any(_covers(x, one) for x in manifest.files)]
+        lost = [one.name for one in missing if not self._fs.exists(f"{self._root}/{one.name}")]
+        if lost:
+            raise StoreError(f"{self.uri} lacks {lost[0]}, which the checkpoint knows: bring it back, or begin anew")
+        manifest.files = [*(one for one in manifest.files if one.last <= part), *missing]
+        manifest.part = part
+        self._save(manifest)
+        named = {one.name for one in manifest.files}
+        there = [str(path)[len(self._root) + 1 :] for path in self._fs.find(self._root)]
+        self._remove([name for name in there if name.endswith((".parquet", ".tmp")) and name not in named])
+        self._part, self._counted = part, {name: int(state["counted"][name]) for name in DATASETS}
+        self._names = dict(zip(np.asarray(state["slots"]).tolist(), state["names"], strict=True))
+        self._waiting, self._labels, self._dead, self._tables, self._held = [], [], [], [], 0
+        self._spilled, self._cuts, self._unwritten = [], {}, []
+        self._begun = True
+
+    def begin(self) -> None:
+        """Begin without a checkpoint. Raises `StoreError` where there are rows already."""
+        if self._manifest().part:
+            raise StoreError(
+                f"{self.uri} holds what another run has learned, and there is no checkpoint to go on from: use another "
+                "archive, or bring the store back"
+            )
+        self._begun = True
+
+
+def _covers(whole: _File, part: _File) -> bool:
+    return (whole.dataset, whole.hour) == (part.dataset, part.hour) and whole.first <= part.first <= whole.last
+
+
+def _folder(dataset: str, hour: int) -> str:
+    if dataset == "dead":
+        return "dead/"
+    date = str(np.datetime64(hour // 24, "D"))
+    return f"{dataset}/date={date}/hour={hour % 24:02d}/"
+
+
+def _of_others(dataset: str, table: Any, user: str, ids: Collection[str]) -> NDArray[np.bool_]:
+    """Which rows are not this user's."""
+    if dataset == "dead":
+        raw = user.encode("utf-8", "surrogatepass")
+        columns = table.to_pydict()
+        rows = zip(columns["raw"], columns["reason"], columns["position"], strict=True)
+        return np.array([raw not in one and user not in why and user not in where for one, why, where in rows], bool)
+    own = table.column("impression_id").to_pylist()
+    kept = np.array([id not in ids for id in own], dtype=bool)
+    if dataset == "events":
+        kept &= np.array([id not in ids for id in table.column("id").to_pylist()], dtype=bool)
+    return kept

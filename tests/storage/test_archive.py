@@ -1,0 +1,295 @@
+"""The archive: everything exactly once, wherever a run is killed; back as a source, for Dask, and without a user."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamrec as sr
+from streamrec.errors import ConfigError, StoreError
+from streamrec.events import decode_event, encode_event
+from streamrec.hashing import id_of
+from streamrec.storage import archive as module
+from streamrec.testing import check_source
+
+START = 1_700_000_000.0
+SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"), sr.Number("price"))
+
+
+def stream(count: int = 120) -> list[Any]:
+    """Impressions over some hours, clicks, purchases, duplicates, and what cannot be used."""
+    events: list[Any] = []
+    for n in range(count):
+        time = START + 100.0 * n
+        features = {"price": float(n), "tags": ["a", "b"]} if n % 3 else {}
+        events.append(sr.Impression(f"i{n}", time, f"u{n % 7}", f"p{n % 5}", features, 0.25 if n % 11 == 0 else None))
+        if n % 4 == 0:
+            events.append(sr.Feedback(f"c{n}", f"i{n}", time + 30.0, "click", 2.5 if n % 8 == 0 else None))
+        if n % 10 == 0:
+            events.append(events[-1])
+        if n % 13 == 0:
+            events.append(sr.DeadLetter({"offset": n}, "malformed: JSON", encode_event(events[-1])[:-1]))
+        if n % 17 == 0:
+            events.append(sr.Labeled(sr.Impression(f"l{n}", time, "u1", "p1"), 1.0, "click", 2.0))
+    return events
+
+
+def trainer_of(folder: Path, **more: Any) -> sr.OnlineTrainer:
+    settings: dict[str, Any] = {
+        "model": sr.FM(SCHEMA, dim=2),
+        "preprocessors": [sr.Dedup(ttl=1e6, capacity=10_000)],
+        "join": sr.LabelJoin(windows={"click": 300.0}, late="correct", keep="1h"),
+        "store": sr.Store(folder / "store", keep=2),
+        "archive": sr.Archive(folder / "archive", compact=3),
+        "checkpoint_every": 15,
+        "batch_size": 5,
+        "background": False,
+    }
+    return sr.OnlineTrainer(**{**settings, **more})
+
+
+def everything(source: Any) -> list[Any]:
+    found: list[Any] = []
+    while some := source.read(7):
+        found += some
+    return found
+
+
+def contents(folder: Path) -> dict[str, list[Any]]:
+    archive = sr.Archive(folder / "archive")
+    return {name: everything(archive.read(name)) for name in ("events", "labeled", "dead")}
+
+
+@pytest.fixture(name="whole")
+def _whole(tmp_path: Path) -> dict[str, list[Any]]:
+    trainer_of(tmp_path / "whole").run(sr.Memory(stream()))
+    return contents(tmp_path / "whole")
+
+
+def test_it_holds_each_event_once_and_gives_it_back(whole: dict[str, list[Any]]) -> None:
+    expected: list[Any] = []
+    for event in stream():
+        shown = event.impression if isinstance(event, sr.Labeled) else event
+        if not isinstance(shown, sr.DeadLetter) and shown not in expected:
+            expected.append(shown)
+    # within an hour in the order in which they came, and hour by hour
+    assert whole["events"] == sorted(expected, key=lambda event: event.time // 3600)
+    assert len(whole["labeled"]) > 100 and all(isinstance(one, sr.Labeled) for one in whole["labeled"])
+    by_id = {one.impression.id: one for one in whole["labeled"]}
+    [shown] = [one for one in stream() if isinstance(one, sr.Impression) and one.id == "i4"]
+    assert by_id["i4"] == sr.Labeled(shown, 1.0) and by_id["i5"].label == 0.0
+    assert by_id["l0"] == sr.Labeled(sr.Impression("l0", START, "u1", "p1"), 1.0, "click", 2.0)
+    dead = [one for one in stream() if isinstance(one, sr.DeadLetter)]
+    assert whole["dead"] == dead
+
+
+def test_dead_letters_are_replayed_after_a_fix(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(tmp_path / "whole" / "archive")
+    events = everything(archive.read("dead", decode=lambda raw: decode_event(raw + b"}")))
+    assert len(events) == len(whole["dead"]) > 5 and not any(isinstance(one, sr.DeadLetter) for one in events)
+
+
+def test_files_of_an_hour_are_put_together(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(tmp_path / "whole" / "archive")
+    files = archive.files("events")
+    assert any("/parts-" in name for name in files) and all("/date=2023-11-1" in name for name in files)
+    hours = {name.rpartition("/")[0] for name in files}
+    assert len(files) <= 5 * len(hours) and len(hours) == 4
+    on_disk = {str(path) for path in (tmp_path / "whole" / "archive").rglob("*.parquet")}
+    named = [name for data in module.DATASETS for name in archive.files(data)]
+    assert {name.removeprefix("file://") for name in named} == on_disk
+
+
+class Killed(BaseException):
+    """Not an Exception: nobody catches it."""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_that_is_killed_anywhere_archives_the_same(
+    tmp_path: Path, whole: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    put, steps = module.Archive._put_bytes, {"left": 0, "before": True}
+
+    def dying(self: Any, name: str, content: Any) -> None:
+        steps["left"] -= 1
+        if steps["left"] == 0 and steps["before"]:
+            raise Killed
+        put(self, name, content)
+        if steps["left"] == 0:
+            raise Killed
+
+    monkeypatch.setattr(module.Archive, "_put_bytes", dying)
+    folder = tmp_path / "killed"
+    deaths = 0
+    for attempt in range(60):
+        steps["left"], steps["before"] = 1 + (attempt * 5) % 17, attempt % 2 == 0
+        try:
+            trainer_of(folder, background=background).run(sr.Memory(stream()))
+        except Killed:
+            deaths += 1
+            continue
+        break
+    assert deaths >= 2
+    steps["left"] = -1
+    trainer_of(folder).run(sr.Memory(stream()))
+    assert contents(folder) == whole
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_takes_rows_back(
+    tmp_path: Path, whole: dict[str, list[Any]]
+) -> None:
+    folder = tmp_path / "older"
+    trainer_of(folder).run(sr.Memory(stream()), limit=80)
+    newest = max((folder / "store" / "checkpoints").glob("*.json"))
+    newest.unlink()  # as if it were damaged
+    trainer_of(folder).run(sr.Memory(stream()))
+    assert contents(folder) == whole
+
+
+def test_more_than_may_be_held_is_written_before_the_checkpoint(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    module_at_once, module._AT_ONCE = module._AT_ONCE, 4
+    try:
+        folder = tmp_path / "small"
+        trainer = trainer_of(folder, archive=sr.Archive(folder / "archive", most=10), checkpoint_every=100)
+        trainer.run(sr.Memory(stream()), limit=90)
+        for event in stream()[90:130]:
+            trainer.push([event])
+        assert trainer.archive is not None and trainer.archive._spilled
+        trainer_of(folder).run(sr.Memory(stream()))  # what was spilled belongs to no checkpoint
+        assert contents(folder) == whole
+    finally:
+        module._AT_ONCE = module_at_once
+
+
+@pytest.mark.parametrize("dataset", ["events", "labeled", "dead"])
+def test_each_reading_is_a_source(tmp_path: Path, whole: dict[str, list[Any]], dataset: str) -> None:
+    archive = sr.Archive(tmp_path / "whole" / "archive")
+    check_source(lambda: archive.read(dataset))
+
+
+def test_learning_from_the_archive_is_learning_from_the_stream(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    events = [one for one in stream() if isinstance(one, (sr.Impression, sr.Feedback))]
+    plain = sr.OnlineTrainer(
+        model=sr.FM(SCHEMA, dim=2),
+        join=sr.LabelJoin(windows={"click": 300.0}),
+        preprocessors=[sr.Dedup(ttl=1e6, capacity=9999)],
+    )
+    again = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=2), join=sr.LabelJoin(windows={"click": 300.0}))
+    plain.push(events)
+    source = sr.Archive(tmp_path / "whole" / "archive").read("events")
+    again.push([one for one in everything(source) if not one.id.startswith("l")])
+    assert again.report().counts["learned"] == plain.report().counts["learned"]
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of pandas, by Dask
+def test_dask_reads_it(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    dataframe = pytest.importorskip("dask.dataframe")
+    archive = sr.Archive(tmp_path / "whole" / "archive")
+    frame = dataframe.read_parquet(archive.files("labels"))
+    assert len(frame) == len(whole["labeled"])
+    clicked = frame[frame.label > 0].compute(scheduler="synchronous")
+    assert len(clicked) == sum(one.label > 0 for one in whole["labeled"])
+
+
+def test_an_archive_of_another_run_is_not_written_over(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(tmp_path / "whole" / "archive")
+    with pytest.raises(StoreError, match="another run"):
+        trainer_of(tmp_path / "other", archive=archive).run(sr.Memory(stream()))
+    with pytest.raises(ConfigError, match="give a store"):
+        sr.OnlineTrainer(model=sr.FM(SCHEMA), archive=archive)
+    with pytest.raises(ConfigError, match="no dataset"):
+        archive.files("clicks")
+
+
+def test_letters_without_their_bytes(tmp_path: Path) -> None:
+    archive = sr.Archive(tmp_path / "archive", raw=False)
+    trainer_of(tmp_path, archive=archive).run(sr.Memory(stream()))
+    assert {(one.reason, one.raw) for one in everything(archive.read("dead"))} == {("malformed", b"")}
+
+
+SECRET = "u3-whose-name-must-go"
+
+
+@pytest.mark.parametrize("expires", [False, True])
+def test_a_forgotten_user_is_in_no_file(tmp_path: Path, expires: bool) -> None:
+    schema = sr.Schema(sr.Id("user", ttl="30d" if expires else None), sr.Id("item"))
+    events: list[Any] = []
+    for event in stream():
+        if isinstance(event, sr.Impression) and event.user == "u3":
+            event = sr.Impression(event.id, event.time, SECRET, event.item, event.features, event.score)
+        events.append(event)
+    events.insert(40, sr.DeadLetter({"offset": 5}, "bad id", f'{{"user": "{SECRET}"'.encode()))
+    trainer = trainer_of(
+        tmp_path,
+        model=sr.FM(schema, dim=2),
+        preprocessors=[sr.Dedup(ttl=1e6, capacity=10_000), sr.RateLimit(most=1000, within="1h"), sr.History()],
+    )
+    source = sr.Memory(events)
+    trainer.run(source)
+    assert traces(tmp_path, SECRET)
+    before = trainer.report()
+    gone = trainer.forget(SECRET, source.position())
+    assert gone["rows"] > 1 and gone["History"] > 3 and gone["RateLimit"] == 1 and gone["archive"] > 15
+    assert traces(tmp_path, SECRET) == []
+    assert trainer.report().counts["pending"] < before.counts["pending"]
+    assert trainer.forget(SECRET, source.position())["rows"] == 0
+    left = {one.user for one in contents(tmp_path)["events"] if isinstance(one, sr.Impression)}
+    assert SECRET not in left and "u2" in left
+    resumed = trainer_of(
+        tmp_path,
+        model=sr.FM(schema, dim=2),
+        preprocessors=[sr.Dedup(ttl=1e6, capacity=10_000), sr.RateLimit(most=1000, within="1h"), sr.History()],
+    )
+    assert resumed.resume() == source.position()
+    later = [sr.Impression(f"z{n}", START + 13_000.0 + n, user, "p1") for n, user in enumerate([SECRET, "u2"])]
+    assert resumed.push(later) == trainer.push(later)
+    assert sr.Scorer(tmp_path / "store").score(later).shape == (2,)
+
+
+def traces(folder: Path, user: str) -> list[str]:
+    """Files that hold the name of a user, or the hash by which a model knows it."""
+    import pyarrow.parquet as pq
+
+    found = []
+    wanted = [user.encode(), struct.pack("<q", id_of("user", user))]
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            if path.suffix == ".parquet":  # packed: by what is in it
+                content += repr(pq.read_table(path).to_pylist()).encode()
+            found += [str(path) for one in wanted if one in content]
+    return found
+
+
+def test_a_user_behind_a_pseudonym_is_forgotten_by_name(tmp_path: Path) -> None:
+    door = sr.Pseudonymize({0.0: b"k" * 16, START + 5000.0: b"j" * 16})
+    trainer = trainer_of(tmp_path, preprocessors=[door], join=sr.LabelJoin(windows={"click": 300.0}))
+    trainer.run(sr.Memory(stream()))
+    users = {one.user for one in contents(tmp_path)["events"] if isinstance(one, sr.Impression)}
+    assert set(door.pseudonyms("u3")) <= users and "u3" not in users
+    assert trainer.forget("u3")["archive"] > 15
+    users = {one.user for one in contents(tmp_path)["events"] if isinstance(one, sr.Impression)}
+    assert not set(door.pseudonyms("u3")) & users
+    for name in door.pseudonyms("u3"):
+        assert traces(tmp_path, name) == []
+
+
+def test_a_model_that_cannot_forget_says_so(tmp_path: Path) -> None:
+    class Stubborn:
+        schema = SCHEMA
+
+        def predict(self, batch: Any) -> Any:
+            return batch.times.astype("float32") * 0
+
+        def learn(self, batch: Any, labels: Any, weights: Any = None) -> None: ...
+
+        def state_dict(self) -> Any:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    with pytest.raises(ConfigError, match="cannot forget"):
+        sr.OnlineTrainer(model=Stubborn()).forget("u1")
