@@ -1,4 +1,5 @@
-"""From a Kafka topic to learned: `streamrec.sources.Kafka`, the Faust adapter, and Faust agents that drop it all.
+"""From a Kafka topic to learned: `streamrec.sources.Kafka`, the Faust adapter, and Faust agents that drop it all; and
+from published to served, by notices; and how late the app's event loop is meanwhile.
 
     python -m benchmarks.kafka [--events N] [--repetitions N]
 
@@ -18,12 +19,16 @@ import sys
 import tempfile
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import streamrec as sr
 from streamrec.events import encode_event
+from streamrec.serving import StoreNotifier
 from streamrec.sources import Kafka
 
+NOTICES = "notices"
+VERSIONS = 10
 KINDS = ("streamrec.sources.Kafka", "Faust adapter", "Faust agent, take(256)", "Faust agent, one by one")
 
 
@@ -36,10 +41,10 @@ def make_trainer(store: str) -> sr.OnlineTrainer:
     )  # fmt: skip
 
 
-def values(events: int) -> list[tuple[int, bytes | None]]:
+def values(events: int, since: int = 0) -> list[tuple[int, bytes | None]]:
     """Impressions with ten fields, and a click on every fifth."""
     found: list[tuple[int, bytes | None]] = []
-    n = 0
+    n = since
     while len(found) < events:
         features: dict[str, Any] = {f"f{m}": str(n % (7 + m)) for m in range(6)}
         features |= {"tags": ["a", "b"], "price": float(n % 50)}
@@ -53,15 +58,18 @@ def values(events: int) -> list[tuple[int, bytes | None]]:
 
 def work(kind: str, address: str, topic: str, events: int) -> None:
     """Read it all; prints seconds, CPU seconds and what was learned."""
-    warm = make_trainer(tempfile.mkdtemp())
-    warm.push([sr.Impression("i", 1e9, "u", "p"), sr.Labeled(sr.Impression("j", 1e9, "u", "p"), 1.0)])
     with tempfile.TemporaryDirectory() as folder:
+        warm = make_trainer(folder + "/warm")
+        warm.push([sr.Impression("i", 1e9, "u", "p"), sr.Labeled(sr.Impression("j", 1e9, "u", "p"), 1.0)])
         trainer = make_trainer(folder + "/store")
         if kind == KINDS[0]:
             begun, used = time.perf_counter(), cpu()
             with Kafka(topic, address) as source:
                 count = trainer.run(source).counts["events"]
             took, used = time.perf_counter() - begun, cpu() - used
+        elif kind == NOTICES:
+            print(json.dumps(asyncio.run(notices(address, topic, trainer, folder))))
+            return
         else:
             took, used, count = asyncio.run(faust(kind, address, topic, events, trainer, folder))
     print(json.dumps({"seconds": took, "cpu": used, "count": count}))
@@ -70,14 +78,9 @@ def work(kind: str, address: str, topic: str, events: int) -> None:
 async def faust(
     kind: str, address: str, topic: str, events: int, trainer: sr.OnlineTrainer, folder: str
 ) -> tuple[float, float, int]:
-    import faust as library
-
     from streamrec.adapters.faust import train
 
-    app = library.App(
-        f"bench-{uuid.uuid4().hex}", broker=f"kafka://{address}", store="memory://", datadir=folder, web_enabled=False,
-        broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
-    )  # fmt: skip
+    app = make_app(address, folder)
     seen = [0]
 
     async def take(stream: Any) -> None:
@@ -108,6 +111,59 @@ async def faust(
     return took, used, count
 
 
+def make_app(address: str, folder: str) -> Any:
+    import faust as library
+
+    return library.App(
+        f"bench-{uuid.uuid4().hex}", broker=f"kafka://{address}", store="memory://", datadir=folder, web_enabled=False,
+        broker_session_timeout=4.0, broker_heartbeat_interval=0.5, stream_wait_empty=False,
+    )  # fmt: skip
+
+
+async def notices(address: str, topic: str, trainer: sr.OnlineTrainer, folder: str) -> dict[str, list[float]]:
+    """A scorer that is told of versions, while the worker learns what comes: seconds from a version's last file to the
+    scorer that serves it; and how late the app's loop was, tick by tick, with what this process computed meanwhile."""
+    from streamrec.adapters.faust import train
+    from tests.kafka.broker import new_topic, send
+
+    told = await asyncio.to_thread(new_topic, address)
+    trainer.checkpoint_seconds = 1.0
+    trainer.publish()
+    app = make_app(address, folder)
+    train(app, topic, trainer, notices=told)
+    scorer = sr.Scorer(trainer.store)
+    heard: list[float] = []
+    ticks: list[float] = []
+    ended = False
+
+    def follow() -> None:
+        served = scorer.version.number
+        while not ended:
+            if scorer.version.number != served:
+                served, now = scorer.version.number, time.time()
+                heard.append(now - Path(folder, "store", "versions", f"{served:010d}.json").stat().st_mtime)
+            time.sleep(0.005)
+
+    def produce() -> None:
+        for n in range(VERSIONS):
+            send(address, topic, values(200, since=10_000 * (n + 1)))
+            time.sleep(1.5)
+
+    with StoreNotifier(scorer, told, address, every=3600.0) as notifier:
+        await asyncio.to_thread(notifier.start, 60.0)
+        await app.start()
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(None, follow), loop.run_in_executor(None, produce)]
+        while not work[1].done():
+            now = time.perf_counter()
+            await asyncio.sleep(0.01)
+            ticks.append(time.perf_counter() - now - 0.01)
+        ended = True
+        await asyncio.gather(*work)
+        await app.stop()
+    return {"heard": heard, "ticks": ticks}
+
+
 def cpu() -> float:
     spent = resource.getrusage(resource.RUSAGE_SELF)
     return spent.ru_utime + spent.ru_stime
@@ -129,17 +185,15 @@ def main() -> None:
     try:
         topic = new_topic(broker.address, 4)
         send(broker.address, topic, values(given.events))
+        other = new_topic(broker.address, 4)
         walls: dict[str, list[float]] = {kind: [] for kind in KINDS}
         cpus: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for _ in range(given.repetitions):
             for kind in KINDS:
-                command = [sys.executable, "-m", "benchmarks.kafka", "--events", str(given.events)]
-                done = subprocess.run(
-                    [*command, "--work", kind, broker.address, topic], capture_output=True, text=True, check=True
-                )
-                found = json.loads(done.stdout.splitlines()[-1])
+                found = in_process(kind, broker.address, topic, given.events)
                 walls[kind].append(found["count"] / found["seconds"])
                 cpus[kind].append(found["count"] / found["cpu"])
+        found = in_process(NOTICES, broker.address, other, given.events)
     finally:
         broker.close()
     slow = statistics.median(walls[KINDS[2]])
@@ -148,6 +202,19 @@ def main() -> None:
     for kind in KINDS:
         rate = statistics.median(walls[kind])
         print(f"  {kind:26}{rate:>10,.0f}{statistics.median(cpus[kind]):>15,.0f}{rate / slow:>17.1f}")
+    heard, ticks = sorted(found["heard"]), sorted(found["ticks"])
+    print(f"\nFrom a published version to the scorer that serves it, by notices, {len(heard)} versions:")
+    print(f"  median {1000 * statistics.median(heard):.0f} ms, longest {1000 * heard[-1]:.0f} ms")
+    print(f"How late the app's loop was meanwhile, {len(ticks)} ticks of 10 ms:")
+    late = [ticks[int(share * (len(ticks) - 1))] for share in (0.5, 0.99, 1.0)]
+    print("  median {:.1f} ms, 99 % under {:.1f} ms, longest {:.1f} ms".format(*(1000 * one for one in late)))
+
+
+def in_process(kind: str, address: str, topic: str, events: int) -> Any:
+    """What `work` prints, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.kafka", "--events", str(events), "--work", kind, address, topic]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

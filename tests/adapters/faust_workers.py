@@ -39,7 +39,8 @@ def worker(tansu: str, tmp_path: Path) -> Iterator[Worker]:
         with (tmp_path / f"worker{number}.log").open("wb") as log:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(WORKER), "worker", "-l", "info", *web],
+                    [sys.executable, "-m", "faust", "-A", "worker:app", "worker", "-l", "info", *web],
+                    cwd=WORKER.parent,
                     env={**os.environ, "PYTHONWARNINGS": "default", **given},
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -95,6 +95,8 @@ def test_each_event_is_learned_once_though_workers_die_and_join(
         assert first_difference(state["model"], whole["model"]) is None
         assert first_difference(state["metrics"], whole["metrics"]) is None
     assert state["counts"]["learned"] == whole["counts"]["learned"]
+    rates = [report_of(one).metrics["CTR"] for one in (store, tmp_path / "whole")]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12), "in any order"
 
 
 def reference(store: Path, events: list[Any]) -> dict[str, Any]:
@@ -143,9 +145,10 @@ def test_joins_are_shared_among_workers_and_their_examples_learned_once(
 
 
 def report_of(store: Path) -> Any:
+    left = saved(store)["preprocessors"][0]["type"]  # the workers' is Slow, a Dedup
     trainer = sr.OnlineTrainer(
         model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4),
-        preprocessors=[type("Slow", (sr.Dedup,), {})(ttl=1e9, capacity=1_000_000)],
+        preprocessors=[type(left, (sr.Dedup,), {})(ttl=1e9, capacity=1_000_000)],
         metrics=[sr.CTR()],
         store=store,
     )
@@ -235,38 +238,42 @@ def test_profiles_come_back_from_their_changelog(worker: Worker, tansu: str) -> 
     wait_until(lambda: fetch(page) and json.loads(fetch(page)) == told, PATIENCE)
 
 
-def test_the_loop_is_not_blocked_while_it_learns_and_saves(tansu: str, tmp_path: Path) -> None:
-    topic, total = new_topic(tansu, 4), 30_000
-    send(tansu, topic, labeled(total))
-    schema = sr.Schema(sr.Id("user"), sr.Id("item"))
+def test_the_loop_is_not_blocked_while_it_learns_saves_and_publishes(tansu: str, tmp_path: Path) -> None:
+    topic, notices, total = new_topic(tansu, 4), new_topic(tansu), 20_000
+    shown = [sr.Impression(f"i{n}", 1000.0 + n, f"u{n}", f"p{n % 1301}") for n in range(total)]
+    send(tansu, topic, [(n % 4, encode_event(sr.Labeled(one, float(n % 7 == 0)))) for n, one in enumerate(shown)])
 
     def make(store: str) -> sr.OnlineTrainer:
-        return sr.OnlineTrainer(
-            model=sr.FM(schema, dim=4), metrics=[sr.AUC()], store=tmp_path / store, checkpoint_every=5000
-        )
+        model = sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=16)
+        return sr.OnlineTrainer(model=model, metrics=[sr.AUC()], store=tmp_path / store, checkpoint_every=2000)
 
     warm = make("warm")  # what is to be compiled is compiled
     warm.push([sr.Labeled(sr.Impression("i", 1000.0, "u", "p"), 1.0)])
     warm.checkpoint({})
 
-    async def main() -> tuple[list[float], int]:
+    async def main() -> tuple[list[tuple[float, float, float]], int]:
         app = make_app(tansu, tmp_path)
         trainer = make("store")
-        train(app, topic, trainer)
+        train(app, topic, trainer, notices=notices)
         await app.start()
-        late: list[float] = []
+        ticks = []
         while app.monitor.metric_counts["streamrec_events"] < total:
-            before, used = time.perf_counter(), time.thread_time()
+            before = time.perf_counter(), time.process_time(), time.thread_time()
             await asyncio.sleep(0.01)
-            late.append(time.perf_counter() - before - 0.01)
-            assert used >= 0
+            after = time.perf_counter(), time.process_time(), time.thread_time()
+            late, spent, in_loop = (then - now for now, then in zip(before, after, strict=True))
+            ticks.append((late - 0.01, spent, in_loop))
         await app.stop()
-        return late, trainer.report().counts["learned"]
+        return ticks, trainer.report().counts["learned"]
 
-    late, learned = run(main())
-    assert learned == total
-    # the machine may be busy: then the odd tick is late, whoever blocks
-    assert sorted(late)[int(0.98 * len(late))] < 0.05, sorted(late)[-10:]
+    ticks, learned = run(main())
+    assert learned == total and newest(tmp_path / "store") >= 9
+    assert len(receive(tansu, notices, 1)) >= 1
+    assert max(in_loop for _, _, in_loop in ticks) < 0.05, "the loop's own thread never computes for long"
+    # Nor does another thread keep the interpreter to itself. A machine with other things to do is late as well: then
+    # this process has not used the time either.
+    blocked = [(late, spent) for late, spent, _ in ticks if late > 0.05 and spent > 0.05]
+    assert len(blocked) <= len(ticks) // 100, blocked
 
 
 def test_what_cannot_work_is_told_when_it_is_registered(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Faust app as a user would write it: `python worker.py worker`, its settings in the environment."""
+"""A Faust app as a user would write it: `faust -A worker:app worker`, its settings in the environment."""
 
 from __future__ import annotations
 
@@ -81,7 +81,3 @@ if "PROFILES" in env:
     @app.page("/profile/{user}/")
     async def profile(self, request, user):  # type: ignore[no-untyped-def]
         return self.json(table.get(user))
-
-
-if __name__ == "__main__":
-    app.main()

@@ -108,6 +108,7 @@ class Owner(Service):
 
     async def on_start(self) -> None:
         self._main = asyncio.get_running_loop()
+        self._leaving = None
         timeout = self.reading.timeout
         settings = {
             **client(self.app),
