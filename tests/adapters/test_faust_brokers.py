@@ -96,6 +96,8 @@ def test_a_broker_may_go_away_for_ten_seconds_and_come_back_with_its_data(
     assert counts["learned"] == counts["events"] == 2000
     group = f"app-{tmp_path.name}-{topic}-trainer"
     assert committed(own.address, group, topic, 2) == {0: 1000, 1: 1000}, "the group knows it, too"
+    left = (tmp_path / "worker0.log").read_text().count("LeaveGroup request succeeded")
+    assert left == 2, "the trainer's group, and the app's"
 
 
 @pytest.mark.soak  # Faust's own consumer takes a minute or more to end then
