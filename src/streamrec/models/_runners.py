@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamrec.models._activations import Activations
-from streamrec.models._packed import FAMILY, Packed, Tokens
-from streamrec.models._packed import Dropout as Dropout
+from streamrec.models._packed import FAMILY, Dropout, Packed, Tokens
 from streamrec.models.tuning import Top, Tune
 
 __all__ = ["Runner", "runner"]
