@@ -190,6 +190,10 @@ def test_metrics_are_those_of_one_pass(client: Any, tmp_path: Path, kind: str) -
     model, rows = trained(tmp_path)
     report = dask.evaluate(client, model if kind == "object" else str(tmp_path), str(tmp_path), metrics=METRICS)
     assert report.metrics == pytest.approx(judged(model, rows), rel=1e-12) and report.counts["events"] == len(rows)
+    some = [1, len(rows.parts) - 1]
+    report = dask.evaluate(client, model, rows.only(some), metrics=METRICS)
+    assert report.metrics == pytest.approx(judged(model, rows.only(some)), rel=1e-12)
+    assert report.counts["events"] == sum(rows.parts[place].rows for place in some)
     with pytest.raises(sr.ConfigError, match="must name one"):
         dask.evaluate(client, model, rows, metrics=[])
     with pytest.raises(sr.StoreError, match="nothing is published"):

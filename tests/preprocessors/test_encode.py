@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,18 @@ def test_nothing_in_nothing_out() -> None:
     encoded = ENCODER([])
     assert len(encoded.batch) == 0 and len(encoded.batch.ids) == 0 and not encoded.problems
     assert encoded.batch.text_refs.shape == (0, 1)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_features_that_add_what_they_are_asked_for_are_not_added_to(several: bool) -> None:
+    schema = Schema(Id("user"), Id("country"), Id("device"), Ids("tags"), Number("price"))
+    encoder = Encoder(schema)
+    plain = {"country": "de", "tags": ["a"]}
+    features: Any = defaultdict(lambda: "made up", plain)
+    found = encoder([Impression("i", 0.0, "u", "p", features)] * (2 if several else 1)).batch
+    assert dict(features) == plain
+    expected = encoder([Impression("i", 0.0, "u", "p", plain)]).batch
+    assert row(found) == row(expected)
 
 
 def test_the_input_stays_as_it_was() -> None:

@@ -62,6 +62,8 @@ class OneRow:
         """Encode it; False where a value is not of the usual types, or there are too many."""
         features = shown.features
         try:
+            if type(features) is not dict:  # a defaultdict would be filled
+                raise KeyError
             strings = [*self._read_own(shown), *self._read(features)]
         except KeyError:
             strings = [*self._read_own(shown), *map(features.get, self._ids)]

@@ -162,7 +162,7 @@ class Encoder:
     ) -> Iterator[Sequence[Any]]:
         """The values of the ids, the numbers and the lists, field after field."""
         fields: list[tuple[Any, _Reader]] = [*self._columns, *self._numbers, *self._lists]
-        if self._pick is not None:
+        if self._pick is not None and {*map(type, features)} <= {dict}:  # others may add what they are asked for
             try:  # all features of a row in one call
                 found = zip(*map(self._pick, features), strict=True)
                 columns = [None if _is_own(f) else next(found, ()) for f, _ in fields]

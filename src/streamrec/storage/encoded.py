@@ -104,6 +104,10 @@ class EncodedRows:
         """A source over those of its files that have rows of this event time or later, at its first row."""
         return _reopened(self.uri, [self.parts.index(part) for part in self._chosen if part.last >= time])
 
+    def by_file(self) -> list[EncodedRows]:
+        """A source over each of its files, in order."""
+        return [_reopened(self.uri, [self.parts.index(part)]) for part in self._chosen]
+
     def read(self, limit: int) -> LabeledRows | None:
         """The next rows, `limit` of them unless it ends before; None at the end."""
         if limit < 1:

@@ -26,7 +26,7 @@ def evaluate(
     metrics: Sequence[Metric],
     timeout: float = 3600.0,
 ) -> Report:
-    """Judge a model, which learns nothing, by all rows of a data set.
+    """Judge a model, which learns nothing, by all rows of a data set, or of the files of it that `only` has chosen.
 
     `model`: a model, or a store whose newest version is judged, read by each worker once. `metrics`: what they say is
     what they would say after one pass, for parts merge into the whole; they are not changed. `timeout`: seconds in
@@ -39,10 +39,7 @@ def evaluate(
     rows = EncodedRows(data) if isinstance(data, str) else data
     where = reference(client, model)
     fresh = [metric.fresh() for metric in metrics]
-    tasks = [
-        Task("evaluate", _judge, (where._replace(sent=None), where.sent, rows.only([place]), fresh))
-        for place in range(len(rows.parts))
-    ]
+    tasks = [Task("evaluate", _judge, (where._replace(sent=None), where.sent, one, fresh)) for one in rows.by_file()]
     found: list[list[Metric]] = [[]] * len(tasks)
     for place, part in results(client, tasks, timeout=timeout):
         found[place] = part
