@@ -125,13 +125,13 @@ class BatchTrainer:
         if self._before is None:
             self._before = self._split(rows)
         split, done = self._before, False
-        bar_of: dict[str, Any] = {"total": 1.0, "disable": None if progress else True, "bar_format": _BAR}
+        bar_of: dict[str, Any] = {"total": 1.0, "disable": None if progress else True, "bar_format": PROGRESS}
         with stop_on_signals() as stop, self._rate_of_one(), tqdm(**bar_of) as bar:
             while True:
                 while not stop.is_set() and (part := self._read(rows)) is not None:
                     self._learn(_between(part, -np.inf, split))
                     bar.update(max(0.0, self._progress(rows) - bar.n))
-                    if self.store is not None and self._clock() - saved >= self.checkpoint_seconds:
+                    if self._is_due(saved):
                         self._seconds, begun = self._seconds + self._clock() - begun, self._clock()
                         self.checkpoint(rows)
                         saved = self._clock()
@@ -144,11 +144,19 @@ class BatchTrainer:
         self._seconds += self._clock() - begun
         if self._best is not None and done and self._best[0] != self._epoch - 1:
             self.model.load_state_dict(self._best[1])
+        self._keep(rows, done)
+        return self._report(rows, interrupted=not done)
+
+    def _keep(self, rows: RowSource, done: bool) -> None:
+        """Save what the training has come to."""
         if self.store is not None:
             self.checkpoint(rows)
             if done:
                 self.publish()
-        return self._report(rows, interrupted=not done)
+
+    def _is_due(self, saved: float) -> bool:
+        """Whether a checkpoint is to be written now, the last having been at `saved`."""
+        return self.store is not None and self._clock() - saved >= self.checkpoint_seconds
 
     def _read(self, rows: RowSource) -> LabeledRows | None:
         """The next window, in the order in which it is learned; sets the rate at which it is."""
@@ -187,13 +195,14 @@ class BatchTrainer:
 
     def _judge(self, rows: RowSource, split: float) -> None:
         loss = LogLoss()
-        metrics = [loss, *(metric.fresh() for metric in self.metrics)]
+        metrics: Sequence[Metric] = [loss, *(metric.fresh() for metric in self.metrics)]
         while (part := rows.read(self.window)) is not None:
             judged = _between(part, split, np.inf)
             scores = self.model.predict(judged.batch)
             for metric in metrics:
                 for kind in metric.kinds[:1]:  # the rows are of one kind, whatever its name
                     metric.update(judged.labels, scores, judged.weights, kind)
+        metrics = self._whole(metrics)
         found = {metric.name: metric.compute() for metric in metrics}
         if np.isnan(found[loss.name]):
             raise ConfigError(
@@ -203,6 +212,10 @@ class BatchTrainer:
         self.history.append(found)
         if self._best is None or found[loss.name] < self.history[self._best[0]][loss.name]:
             self._best = self._epoch, self.model.state_dict()
+
+    def _whole(self, metrics: Sequence[Metric]) -> Sequence[Metric]:
+        """What the metrics say of all that is judged, given what they say of what was judged here."""
+        return metrics
 
     def _split(self, rows: RowSource) -> float:
         """The event time from which rows are for validation; inf where none are."""
@@ -238,7 +251,12 @@ class BatchTrainer:
 
     def checkpoint(self, rows: RowSource) -> Version:
         """Save all that a resumed run needs, where the rows stand among it. Raises `StoreError`."""
-        state = {
+        info = {"trainer": BatchTrainer.__name__, "model": description(self.model), "metrics": plain(self._metrics())}
+        return self._require_store().checkpoints.write(self._state(rows), info)
+
+    def _state(self, rows: RowSource) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
             "format": FORMAT,
             "model": self.model.state_dict(),
             "rows": rows.state_dict(),
@@ -252,8 +270,6 @@ class BatchTrainer:
             "settings": self._settings(),
             "seconds": self._seconds,
         }
-        info = {"trainer": type(self).__name__, "model": description(self.model), "metrics": plain(self._metrics())}
-        return self._require_store().checkpoints.write(state, info)
 
     def publish(self) -> Version:
         """Save the model as a version for scorers. Raises `StoreError`."""
@@ -264,23 +280,32 @@ class BatchTrainer:
     def resume(self, rows: RowSource) -> bool:
         """Become what the newest good checkpoint was cut from, and take the rows to where they stood; false where there
         is none. Raises `ConfigError` where the settings that the result depends on differ."""
-        found = self.store.checkpoints.read() if self.store is not None else None
+        found = self._saved()
         if found is None:
             return False
         version, state = found
         what = f"checkpoint {version.number}"
-        if version.info.get("trainer") != type(self).__name__:
+        if version.info.get("trainer") != BatchTrainer.__name__:
             raise ConfigError(f"{what} was not cut by a BatchTrainer; use another store for a training of its own")
         if state["format"] != FORMAT:
             raise StoreError(f"{what} has format {state['format']!r}, this streamrec reads format {FORMAT}")
         require_same(self.model, version.info["model"], what=what)
+        saved, mine = state["settings"], self._settings()
         differ = [
-            f"{name}={state['settings'][name]!r} there and {mine!r} here"
-            for name, mine in self._settings().items()
-            if state["settings"][name] != mine
+            f"{name}={saved.get(name)!r} there and {mine.get(name)!r} here"
+            for name in saved | mine
+            if saved.get(name) != mine.get(name) and not (state["done"] and (name not in saved or name not in mine))
         ]
         if differ:
             raise ConfigError(f"the settings differ from those of {what}: {'; '.join(differ)}; use those it had")
+        self._become(state, rows)
+        return True
+
+    def _saved(self) -> tuple[Version, State] | None:
+        return self.store.checkpoints.read() if self.store is not None else None
+
+    def _become(self, state: State, rows: RowSource) -> None:
+        """Go on from what `_state` has given."""
         self.model.load_state_dict(state["model"])
         rows.load_state_dict(state["rows"])
         self._epoch, self._window, self._learned = state["epoch"], state["window"], state["learned"]
@@ -288,7 +313,6 @@ class BatchTrainer:
         self._done, self.history, self._seconds = state["done"], list(state["history"]), state["seconds"]
         best = state["best"]
         self._best = None if best is None else (best["epoch"], best["model"])
-        return True
 
     def _settings(self) -> dict[str, Any]:
         """What a training that is resumed must have as it was."""
@@ -301,7 +325,7 @@ class BatchTrainer:
         return self.store
 
 
-_BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+PROGRESS = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 def _between(rows: LabeledRows, since: float, before: float) -> LabeledRows:

@@ -16,6 +16,7 @@ except ImportError as _error:
 from streamrec.adapters.dask._cluster import ClusterError, once
 from streamrec.adapters.dask._dense import fit_dense
 from streamrec.adapters.dask._evaluate import evaluate
+from streamrec.adapters.dask._fit import fit
 from streamrec.adapters.dask._prepare import prepare
 from streamrec.adapters.dask._score import User, score
 from streamrec.adapters.dask._search import Halving, search
@@ -34,6 +35,7 @@ __all__ = [
     "User",
     "Whole",
     "evaluate",
+    "fit",
     "fit_dense",
     "once",
     "prepare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -20,10 +21,12 @@ __all__ = [
     "ClusterError",
     "DeadlyTask",
     "Task",
+    "ended",
     "given",
     "lost_scheduler",
     "once",
     "require_client",
+    "result",
     "results",
     "submit",
     "told",
@@ -122,9 +125,11 @@ def results(
             client.cancel(list(places), force=True)  # type: ignore[no-untyped-call]
 
 
-def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> list[Future[Any]]:
-    """Those that have ended, one at least. Raises `ClusterError`."""
-    deadline = time.monotonic() + timeout
+def ended(
+    client: Client, futures: Sequence[Future[Any]], *, timeout: float, at_most: float = math.inf
+) -> list[Future[Any]]:
+    """Those that have ended, one at least, unless that takes longer than `at_most` seconds. Raises `ClusterError`."""
+    begun = time.monotonic()
     while True:
         with told(client):
             try:
@@ -135,7 +140,9 @@ def ended(client: Client, futures: Sequence[Future[Any]], *, timeout: float) -> 
             return [future for future in futures if future in done]
         if client.status != "running":
             raise lost_scheduler(client)
-        if time.monotonic() > deadline:
+        if time.monotonic() > begun + at_most:
+            return []
+        if time.monotonic() > begun + timeout:
             with told(client):
                 workers = len(client.scheduler_info()["workers"])
             raise ClusterError(

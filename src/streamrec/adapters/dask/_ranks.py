@@ -1,0 +1,252 @@
+"""Ranks: parts of one job that run at the same time, each pinned to a worker, and talk to each other directly."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from distributed import Client, get_worker
+from distributed.comm.addressing import get_address_host
+from torch import distributed as dist
+
+from streamrec.adapters.dask._cluster import ClusterError, Task, ended, lost_scheduler, result, submit, told
+from streamrec.storage._pack import pack, unpack
+
+__all__ = ["Group", "Parted", "Ranks", "run_ranks"]
+
+_torch: Any = dist  # what is used of it has no types
+
+
+class Parted(ClusterError):
+    """A rank, or its worker, was lost, or has not come in time."""
+
+
+class Meeting(NamedTuple):
+    """Where ranks meet: a `TCPStore` on the worker of the first of them, and a name of this meeting alone."""
+
+    host: str
+    port: int
+    token: str
+    timeout: float
+
+
+class Ranks(NamedTuple):
+    """Which ranks a worker has: by its address, their numbers."""
+
+    of: Mapping[str, Sequence[int]]
+
+    @staticmethod
+    def placed(client: Client, count: int) -> Ranks:
+        """`count` ranks over the workers there are, by their threads. A worker may have more ranks than threads: then
+        these take turns. Raises `ClusterError` where there is no worker."""
+        with told(client):
+            threads = client.nthreads()  # type: ignore[no-untyped-call]
+        if not threads:
+            raise ClusterError("there are no workers: start some, and wait for them by client.wait_for_workers(1)")
+        of: dict[str, list[int]] = {address: [] for address in sorted(threads)}
+        for number in range(count):
+            least = min(of, key=lambda address: (len(of[address]) / threads[address], -threads[address], address))
+            of[least].append(number)
+        return Ranks({address: numbers for address, numbers in of.items() if numbers})
+
+
+class Group:
+    """The ranks of a job, seen from one of them. Nothing waits longer than the timeout of its meeting."""
+
+    def __init__(self, number: int, size: int, meeting: Meeting | None, host: str, say: Callable[[Any], None]) -> None:
+        self.number = number
+        self.size = size
+        self.say = say
+        """Tells the client something, a sign of life."""
+        self._meeting = meeting
+        self._group: Any = None
+        if meeting is None or size == 1:
+            return
+        patience = datetime.timedelta(seconds=meeting.timeout)
+        with _parted():
+            store = _torch.TCPStore(meeting.host, meeting.port, is_master=False, timeout=patience)
+            options = _torch.ProcessGroupGloo._Options()
+            options._devices = [_torch.ProcessGroupGloo.create_device(hostname=host)]  # the address that workers use
+            options._timeout = patience
+            self._group = _torch.ProcessGroupGloo(_torch.PrefixStore(meeting.token, store), number, size, options)
+
+    def check(self) -> None:
+        """Raise `Parted` where the client has given the job up."""
+        if self._meeting is not None and self._meeting.token in _given_up:
+            raise Parted("the job was given up")
+
+    def gather(self, message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The messages of all ranks, each what a store can hold, in the order of their numbers. Each must call this
+        equally often.
+
+        Arrays that are received are views of one memory. Raises `Parted`.
+        """
+        if self._group is None:
+            return [message]
+        chunks = [np.frombuffer(chunk, dtype=np.uint8) for chunk in pack(message)]
+        with _parted():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            self._group.allgather([sizes], [torch.tensor([sum(map(len, chunks))])]).wait()
+            mine, at = np.zeros(max(map(int, sizes)), dtype=np.uint8), 0
+            for chunk in chunks:
+                mine[at : at + len(chunk)] = chunk
+                at += len(chunk)
+            found = [torch.empty(len(mine), dtype=torch.uint8) for _ in sizes]
+            self._group.allgather([found], [torch.from_numpy(mine)]).wait()
+        return [unpack(one.numpy()[: int(size)]) for one, size in zip(found, sizes, strict=True)]
+
+
+class _parted:
+    """What gloo raises where a rank is gone, or has not come in time, becomes a `Parted`."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            raise Parted(f"a rank is gone, or has not come in time: {str(error)[:300]}") from error
+
+
+# -- on a worker -------------------------------------------------------------------------------------------------------
+
+_stores: dict[str, Any] = {}
+_given_up: deque[str] = deque(maxlen=100)
+
+
+def _open(token: str, timeout: float) -> Meeting:
+    """Open the store that ranks meet in, on a free port."""
+    host = get_address_host(get_worker().address)
+    patience = datetime.timedelta(seconds=timeout)
+    store = _torch.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+    _stores[token] = store
+    return Meeting(host, store.port, token, timeout)
+
+
+def _give_up(token: str) -> None:
+    """By `client.run`, which a busy worker does too: its ranks of this job stop at their next step."""
+    _stores.pop(token, None)
+    _given_up.append(token)
+
+
+def _member(
+    work: Callable[..., Any], meeting: Meeting, numbers: Sequence[int], size: int, topic: str, *arguments: Any
+) -> list[Any]:
+    """What these ranks return, which all run here."""
+    worker = get_worker()
+    host = get_address_host(worker.address)
+
+    def say(what: Any) -> None:
+        worker.log_event(topic, what)
+
+    def one(number: int) -> Any:
+        return work(Group(number, size, meeting, host, say), *arguments)
+
+    if len(numbers) == 1:
+        return [one(numbers[0])]
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        futures = [threads.submit(one, number) for number in numbers]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+    if errors:  # the others part because of one
+        raise min(errors, key=lambda error: isinstance(error, Parted))
+    return [future.result() for future in futures]
+
+
+# -- at the client -----------------------------------------------------------------------------------------------------
+
+
+def run_ranks(
+    client: Client,
+    work: Callable[..., Any],
+    arguments: Sequence[Any],
+    ranks: Ranks,
+    *,
+    timeout: float,
+    heard: Callable[[Any], None] = lambda what: None,
+) -> list[Any]:
+    """Call `work(group, *arguments)` for every rank, and return what each returned, in the order of their numbers.
+
+    `arguments`: futures among them are had from the workers that hold them. `timeout`: seconds in which ranks must meet
+    and hear of each other, and in which the client must hear of one. `heard`: is given what they `say`.
+
+    Raises what a rank raised; `Parted` where a rank or its worker is lost, after which the others stop by themselves;
+    `ClusterError` where nothing was heard for too long, or the scheduler is lost.
+    """
+    size = sum(map(len, ranks.of.values()))
+    token = secrets.token_hex(8)
+    topic = f"streamrec-{token}"
+    life = [time.monotonic()]
+
+    def hear(event: tuple[float, Any]) -> None:
+        life[0] = time.monotonic()
+        heard(event[1])
+
+    first = next(address for address, numbers in ranks.of.items() if 0 in numbers)
+    futures: dict[Any, Sequence[int]] = {}
+    try:
+        with told(client):
+            client.subscribe_topic(topic, hear)  # type: ignore[no-untyped-call]
+        opened = submit(client, Task("meet", _open, (token, timeout), [first], True))
+        futures[opened] = ()
+        _wait(client, [opened], ranks, timeout, life)
+        meeting = result(client, opened, timeout=timeout)
+        del futures[opened]
+        for address, numbers in ranks.of.items():
+            task = Task("fit", _member, (work, meeting, numbers, size, topic, *arguments), [address], True)
+            futures[submit(client, task)] = numbers
+        found: dict[int, Any] = {}
+        waiting = dict(futures)
+        while waiting:
+            done = _wait(client, [*waiting], ranks, timeout, life)
+            for future in done:
+                try:
+                    found.update(zip(waiting.pop(future), result(client, future, timeout=timeout), strict=True))
+                except Parted as parted:
+                    _raise_cause(client, [*waiting], ranks, parted)
+        return [found[number] for number in range(size)]
+    finally:
+        with suppress(Exception):  # the first error is the one to raise
+            client.unsubscribe_topic(topic)  # type: ignore[no-untyped-call]
+        with suppress(Exception):
+            client.cancel([*futures], force=True)  # type: ignore[no-untyped-call]
+        with suppress(Exception):
+            client.run(_give_up, token, workers=[*ranks.of], on_error="ignore", wait=False)
+
+
+def _raise_cause(client: Client, others: Sequence[Any], ranks: Ranks, parted: Parted) -> None:
+    """Raise what made the ranks part: what another of them raised, if that comes soon, or else the parting."""
+    deadline = time.monotonic() + 5.0
+    while others and time.monotonic() < deadline:
+        for future in _wait(client, others, ranks, 5.0, [deadline]):
+            others = [one for one in others if one is not future]
+            with suppress(Parted):
+                result(client, future, timeout=5.0)
+    raise parted
+
+
+def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, life: list[float]) -> Sequence[Any]:
+    """Those that have ended, one at least, while all workers are there and something is heard of them."""
+    while True:
+        done = ended(client, futures, timeout=math.inf, at_most=1.0)
+        if done:
+            return done
+        with told(client):
+            there = client.nthreads()  # type: ignore[no-untyped-call]
+        missing = [address for address in ranks.of if address not in there]
+        if missing:
+            raise Parted(f"the workers {', '.join(missing)} are gone")
+        if time.monotonic() > life[0] + timeout:
+            raise ClusterError(
+                f"nothing was heard of the ranks for {timeout:.0f} s: their workers are busy with other tasks, cannot "
+                "reach each other, or a window takes longer; see the dashboard, or raise timeout"
+            )
+        if client.status != "running":
+            raise lost_scheduler(client)

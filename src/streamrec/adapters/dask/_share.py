@@ -1,0 +1,164 @@
+"""Share: what one of several copies of a model learns of a data set, and when the copies are to be merged."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import NamedTuple
+
+from streamrec.batch import LabeledRows
+from streamrec.protocols import State
+from streamrec.schema import Schema
+from streamrec.storage import EncodedRows
+
+__all__ = ["Cuts", "Share"]
+
+FEWEST_ROUNDS = 8
+"""In an epoch: what is small is merged often, for there is time for it."""
+FIRST_STEP = 500
+"""Rows that each copy of a new model learns before the first merge; then half as many again, and so on: what a model
+learns first moves it most."""
+
+
+class Cuts(NamedTuple):
+    """How `rows` rows are dealt to `copies`: in rounds of neighbouring rows, each cut evenly, one part a copy.
+
+    `window`: rows learned at a time; `apart`: rows that a copy learns between two merges, at most. One copy learns
+    windows as a `BatchTrainer` reads them.
+    """
+
+    rows: int
+    copies: int
+    window: int
+    apart: int
+
+    @property
+    def rounds(self) -> int:
+        if self.copies == 1:
+            return -(-self.rows // self.window)
+        most = self.copies * self.apart
+        return max(-(-self.rows // most), min(FEWEST_ROUNDS, self.rows // self.copies), min(self.rows, 1))
+
+    def begin(self, number: int) -> int:
+        """The first row of a round."""
+        if self.copies == 1:
+            return min(self.rows, number * self.window)
+        return self.rows * number // self.rounds
+
+    def part(self, number: int, copy: int) -> tuple[int, int]:
+        """The rows of a round that are one copy's."""
+        begin, end = self.begin(number), self.begin(number + 1)
+        return begin + (end - begin) * copy // self.copies, begin + (end - begin) * (copy + 1) // self.copies
+
+    def longest(self, number: int) -> int:
+        """Rows of the copy that has most of a round."""
+        return -(-(self.begin(number + 1) - self.begin(number)) // self.copies)
+
+    def steps(self, number: int, *, first: bool) -> list[int]:
+        """Where in a round, in rows of the longest part, the copies merge: ascending from 0 to its length. `first`:
+        of the first epoch, which begins with short ones."""
+        length = self.longest(number)
+        if not first or self.copies == 1:
+            return [0, length]
+        cuts, learned = [0], self.begin(number) // self.copies
+        while cuts[-1] < length:
+            step = min(self.apart, max(FIRST_STEP, (learned + cuts[-1]) // 2))
+            # what is left over goes to the last
+            cuts.append(cuts[-1] + step if length - cuts[-1] - step >= step // 2 else length)
+        return cuts
+
+
+class Share:
+    """A source of the rows that copy number `copy` learns, a window at a time.
+
+    Keeps what it has decoded for the next epoch, up to `keep` bytes.
+    """
+
+    def __init__(self, rows: EncodedRows, cuts: Cuts, copy: int, *, keep: int) -> None:
+        self._rows = rows
+        self._cuts = cuts
+        self._copy = copy
+        self._keep = keep
+        self._kept: dict[int, LabeledRows] = {}
+        self._bytes = 0
+        self._held: tuple[int, LabeledRows] | None = None
+        self.first = False
+        """Whether the epoch is the first."""
+        self.merges = True
+        """Whether what was read last ends at a merge."""
+        self._round = self._step = self._window = 0
+
+    @property
+    def schema(self) -> Schema:
+        """What the rows are encoded by."""
+        return self._rows.schema
+
+    def read(self, limit: int) -> LabeledRows | None:
+        """The next window, which may be empty; None at the end. `limit`: rows of it, at most."""
+        cuts = self._cuts
+        if self._round >= cuts.rounds:
+            return None
+        steps = cuts.steps(self._round, first=self.first)
+        longest = max(cuts.longest(self._round), 1)
+        part = self._part(self._round)
+        begin, end = (steps[self._step + n] * len(part.labels) // longest for n in (0, 1))
+        windows = max(1, -(-(steps[self._step + 1] - steps[self._step]) // limit))  # as many in each copy
+        here, there = (begin + (end - begin) * (self._window + n) // windows for n in (0, 1))
+        self._window += 1
+        self.merges = self._window == windows
+        if self.merges:
+            self._window, self._step = 0, self._step + 1
+            if self._step == len(steps) - 1:
+                self._step, self._round = 0, self._round + 1
+        return part if there - here == len(part.labels) else part.take(slice(here, there))
+
+    def _part(self, number: int) -> LabeledRows:
+        """This copy's rows of a round."""
+        if number in self._kept:
+            return self._kept[number]
+        if self._held is None or self._held[0] != number:
+            begin, end = self._cuts.part(number, self._copy)
+            self._held = None
+            # what is left of a round for this copy may be nothing
+            self._rows.load_state_dict({"row": min(begin, self._cuts.rows - 1)})
+            found = self._rows.read(max(end - begin, 1))
+            assert found is not None
+            part = found if end > begin else found.take(slice(0, 0))
+            size = _size(part)
+            if self._bytes + size <= self._keep:
+                self._kept[number] = part
+                self._bytes += size
+                return part
+            self._held = number, part
+        return self._held[1]
+
+    def span(self) -> tuple[float, float] | None:
+        """The event times of the first and the last of all rows of all copies; None where there is none."""
+        return self._rows.span()
+
+    def fraction(self) -> float:
+        """The share that all copies have read; in all of them the same after as many reads."""
+        if self._round >= self._cuts.rounds:
+            return 1.0
+        steps = self._cuts.steps(self._round, first=self.first)
+        step = steps[self._step + 1] - steps[self._step]
+        windows = max(1, -(-step // self._cuts.window))
+        done = steps[self._step] + step * self._window // windows
+        return min(1.0, (self._cuts.begin(self._round) + done * self._cuts.copies) / self._cuts.rows)
+
+    def state_dict(self) -> State:
+        """Where it stands at a merge: the first `row` of the round, and the `step` in it."""
+        return {"row": self._cuts.begin(self._round), "step": self._step}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        row = int(state["row"])
+        begins = [self._cuts.begin(number) for number in range(self._cuts.rounds + 1)]
+        self._round = bisect_right(begins, row) - 1
+        self._step, self._window = int(state.get("step", 0)), 0
+
+
+def _size(rows: LabeledRows) -> int:
+    """Bytes."""
+    batch = rows.batch
+    arrays = (batch.ids, batch.values, batch.fields, batch.starts, batch.ends, batch.times, batch.text_refs)
+    return sum(array.nbytes for array in (*arrays, rows.labels, rows.weights)) + sum(map(len, batch.texts))

@@ -1,0 +1,243 @@
+"""An FM that several processes have learned is as good as one process's, and as often as they die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamrec as sr
+from streamrec.batch import LabeledRows
+from streamrec.preprocessors import encode
+from streamrec.storage.encoded import commit_rows, write_part
+
+distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("streamrec.adapters.dask")
+
+SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"), sr.Number("price", standardize=True))
+START = 1_700_000_000.0
+
+
+def learnable(count: int, seed: int = 0) -> LabeledRows:
+    """Users of two kinds and items of two kinds: a user clicks on items of the same kind."""
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(0, 60, count), rng.integers(0, 40, count)
+    labels = rng.random(count) < np.where((users + items) % 2 == 0, 0.7, 0.1)
+    shown = [
+        sr.Impression(f"i{n}", START + n, f"u{users[n]}", f"p{items[n]}", {"price": float(items[n])})
+        for n in range(count)
+    ]
+    return LabeledRows(encode(SCHEMA, shown).batch, labels.astype(np.float32), np.ones(count, dtype=np.float32))
+
+
+def written(folder: Path, count: int = 6000, files: int = 3) -> str:
+    rows = learnable(count)
+    parts = [
+        write_part(str(folder), f"part-{n}", [rows.take(slice(count * n // files, count * (n + 1) // files))])
+        for n in range(files)
+    ]
+    commit_rows(str(folder), SCHEMA, parts)
+    return str(folder)
+
+
+def make(**settings: Any) -> sr.BatchTrainer:
+    model = sr.FM(SCHEMA, dim=4, seed=3)
+    return sr.BatchTrainer(model=model, **{"epochs": 2, "window": 500, **settings})
+
+
+def state_of(model: sr.FM) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.asarray(value) for name, value in model.state_dict().items()}
+
+
+def assert_same(one: sr.FM, other: sr.FM) -> None:
+    expected = state_of(other)
+    for name, value in state_of(one).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+VARIED = {"shuffle": True, "validation": 0.2, "patience": 2, "schedule": sr.trainers.Linear(), "metrics": [sr.AUC()]}
+
+
+@pytest.mark.parametrize("settings", [{}, VARIED], ids=["plain", "varied"])
+def test_one_copy_is_the_trainer_itself(client: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+    uri = written(tmp_path)
+    alone, fitted = make(**settings), make(**settings)
+    expected = alone.run(sr.EncodedRows(uri))
+    found = dask.fit(client, fitted, uri, copies=1)
+    assert_same(fitted.model, alone.model)
+    assert found.metrics == expected.metrics and found.counts == expected.counts
+    assert fitted.history == alone.history
+
+
+@pytest.mark.parametrize("settings", [{}, VARIED], ids=["plain", "varied"])
+def test_copies_are_as_good_as_one(client: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+    uri = written(tmp_path, 20_000)
+    test = learnable(5_000, seed=1)
+    found = {}
+    for copies in (1, 2, 3):  # three take turns on two workers
+        trainer = make(**settings)
+        report = dask.fit(client, trainer, uri, copies=copies, apart=4_000)
+        metric = sr.AUC()
+        metric.update(test.labels, trainer.model.predict(test.batch))
+        found[copies] = metric.compute()
+        assert report.counts["learned"] == 2 * (16_000 if settings else 20_000)
+    assert min(found.values()) > max(found.values()) - 0.005 and found[1] > 0.75
+
+
+def test_the_result_does_not_depend_on_who_has_which_copy(client: Any, tmp_path: Path) -> None:
+    uri = written(tmp_path)
+    results = []
+    for _ in range(2):
+        trainer = make(**VARIED)
+        dask.fit(client, trainer, uri, copies=2, apart=1000)
+        results.append(trainer)
+    assert_same(results[0].model, results[1].model)
+    assert results[0].history == results[1].history
+
+
+def test_the_stream_goes_on_and_a_training_that_has_ended_is_not_begun_again(client: Any, tmp_path: Path) -> None:
+    uri, store = written(tmp_path), str(tmp_path / "store")
+    trainer = make(store=store)
+    report = dask.fit(client, trainer, uri, copies=2)
+    again = make(store=store)
+    assert dask.fit(client, again, uri, copies=2).counts == report.counts
+    assert_same(again.model, trainer.model)
+    assert make(store=store).run(sr.EncodedRows(uri)).counts == report.counts
+    online = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=4, seed=3), store=store)
+    online.resume()
+    assert_same(online.model, trainer.model)
+    assert sr.Scorer(store).version is not None
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+class Killer:
+    """A schedule that takes its worker along when the training is so far, once."""
+
+    def __init__(self, flag: str, at: float) -> None:
+        self.flag, self.at = flag, at
+
+    def __call__(self, progress: float) -> float:
+        if progress >= self.at and multiprocessing.parent_process() is not None:
+            try:
+                with open(self.flag, "x"):
+                    pass
+            except FileExistsError:
+                return 1.0
+            os._exit(1)
+        return 1.0
+
+
+@pytest.mark.parametrize(("copies", "kept"), [(1, False), (2, True)], ids=["one, no store", "two, a store"])
+def test_a_killed_worker_changes_nothing(client: Any, tmp_path: Path, copies: int, kept: bool) -> None:
+    uri = written(tmp_path)
+    settings: dict[str, Any] = {**VARIED, "schedule": lambda progress: 1.0, "epochs": 3}
+    calm = make(**settings)
+    dask.fit(client, calm, uri, copies=copies, apart=1000)
+    killer = Killer(str(tmp_path / "flag"), 0.6)
+    store = {"store": str(tmp_path / "store"), "checkpoint_seconds": 1e-3} if kept else {}
+    struck = make(**{**settings, **store, "schedule": killer})
+    dask.fit(client, struck, uri, copies=copies, apart=1000)
+    assert os.path.exists(killer.flag)
+    assert_same(struck.model, calm.model)
+    assert struck.history == calm.history
+
+
+def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(client: Any, tmp_path: Path) -> None:
+    uri, store = written(tmp_path), str(tmp_path / "store")
+
+    def deadly(progress: float) -> float:
+        if progress >= 0.6 and multiprocessing.parent_process() is not None:
+            os._exit(1)
+        return 1.0
+
+    settings: dict[str, Any] = {"store": store, "checkpoint_seconds": 1e-3}
+    with pytest.raises(dask.ClusterError, match="workers were lost 4 times"):
+        dask.fit(client, make(**settings, schedule=deadly), uri, copies=2, apart=1000)
+    with pytest.raises(sr.ConfigError, match="copies=2 there and None here"):
+        make(**settings).run(sr.EncodedRows(uri))
+    resumed, calm = make(**settings), make()
+    dask.fit(client, resumed, uri, copies=2, apart=1000)
+    dask.fit(client, calm, uri, copies=2, apart=1000)
+    assert_same(resumed.model, calm.model)
+
+
+def test_what_a_rank_raises_is_raised(client: Any, tmp_path: Path) -> None:
+    uri = written(tmp_path)
+    rows = sr.EncodedRows(uri)
+    (tmp_path / "rows" / rows.parts[2].name).unlink()
+    begun = time.monotonic()
+    with pytest.raises(sr.errors.DamagedError, match="lacks the file"):
+        dask.fit(client, make(), rows, copies=2)
+    assert time.monotonic() - begun < 100  # and not after the timeout
+
+
+def test_what_fit_refuses(client: Any, tmp_path: Path) -> None:
+    uri = written(tmp_path, 100, 1)
+    for name, value in {"copies": 0, "apart": 0, "keep": -1, "timeout": 0.0}.items():
+        with pytest.raises(sr.ConfigError, match=f"{name} must be"):
+            dask.fit(client, make(), uri, **{name: value})
+    with pytest.raises(sr.SchemaError, match="differs from that of the rows"):
+        dask.fit(client, sr.BatchTrainer(model=sr.FM(sr.Schema(sr.Id("user")))), uri)
+    with pytest.raises(sr.ConfigError, match="must be the distributed"):
+        dask.fit("localhost", make(), uri)
+
+
+def test_a_busy_cluster_is_a_clear_error(client: Any, tmp_path: Path) -> None:
+    uri, flag = written(tmp_path, 100, 1), tmp_path / "end"
+
+    def hold() -> None:
+        while not flag.exists():
+            time.sleep(0.01)
+
+    held = [client.submit(hold, workers=[address], pure=False) for address in client.nthreads()]
+    try:
+        with pytest.raises(dask.ClusterError, match="nothing was heard of the ranks for 2 s"):
+            dask.fit(client, make(), uri, copies=2, timeout=2.0)
+    finally:
+        flag.touch()
+        distributed.wait(held)
+
+
+def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path) -> None:
+    where = tmp_path / "scheduler.json"
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    scheduler = subprocess.Popen(
+        [*command, "--no-dashboard", "--scheduler-file", str(where)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    worker = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(where), "--no-dashboard"),
+            *("--nthreads", "1", "--host", "127.0.0.1", "--death-timeout", "60"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not where.exists():
+            assert scheduler.poll() is None
+            time.sleep(0.05)
+        uri = written(tmp_path, 100, 1)
+        with distributed.Client(scheduler_file=str(where), set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            killer = threading.Timer(1.0, scheduler.kill)
+            trainer = make(epochs=100_000)
+            killer.start()
+            with pytest.raises(dask.ClusterError, match="the scheduler is lost"):
+                dask.fit(client, trainer, uri, timeout=60.0)
+            killer.join()
+    finally:
+        for process in (worker, scheduler):
+            process.kill()
+            process.wait()
