@@ -1,8 +1,12 @@
 """Two Dask workers of one thread each beside one process of one thread: the same data, the same rows, start-up apart.
 
-    python -m benchmarks.dask [events]
+    python -m benchmarks.dask [events] [rows] [what ...]
 
-Needs two free cores. Every worker compiles what it runs before it is measured, as the one process does.
+`events`: of the archive that is prepared; `rows`: of the encoded one that is fitted, besides a tenth more that both
+results are judged by; `what`: prepare, fit, score, one or more of them. Needs two free cores: beside the ratio of the
+seconds by the clock stands that of the CPU seconds of the one process to those of the busier worker, which is what the
+clock would show on cores that nobody else uses, if nobody waited for anybody. Every worker compiles what it runs before
+it is measured, as the one process does.
 """
 
 from __future__ import annotations
@@ -12,14 +16,19 @@ import secrets
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import streamrec as sr
-from benchmarks._measure import clock, one_thread
+from benchmarks._measure import auc, clock, one_thread
+from benchmarks.streams import zipf
+from streamrec.batch import LabeledRows
 from streamrec.events import encode_event
 from streamrec.storage.encoded import Part, commit_rows, write_part
 
@@ -31,6 +40,7 @@ SCHEMA = sr.Schema(
     sr.Number("price", log=True),
 )
 START = 1_700_000_000.0
+EPOCHS = 3
 
 
 def parts() -> dict[str, Any]:
@@ -96,14 +106,41 @@ def scored_alone(model: sr.FM, users: list[str], out: str, catalogue: list[str])
         _best(where, model, catalogue, some, 100, out, number)
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds."""
-    start = clock()
+def write_rows(out: str, rows: int) -> tuple[sr.Schema, LabeledRows]:
+    """Rows of ten fields, 200,000 ids, encoded, in files as `prepare` makes them; returns a tenth more, to judge by."""
+    stream = zipf(rows + rows // 10, fields=10, ids=200_000, even=False)
+    schema, batch, labels = stream.schema, stream.batch, stream.labels
+    times = START + np.arange(len(labels), dtype=np.float64)
+    whole = LabeledRows(replace(batch, times=times), labels, np.ones(len(labels), dtype=np.float32))
+    cuts = [*range(0, rows, 500_000), rows]
+    files = [write_part(out, f"part-{n:05d}", [whole.take(slice(*cut))]) for n, cut in enumerate(pairwise(cuts))]
+    commit_rows(out, schema, files)
+    return schema, whole.take(slice(rows, len(labels)))
+
+
+def judged(model: Any, test: LabeledRows) -> float:
+    """AUC."""
+    return auc(test.labels, model.predict(test.batch))
+
+
+class Cost(NamedTuple):
+    """Seconds by the clock, CPU seconds of this process, and of each worker."""
+
+    clock: float
+    here: float
+    workers: Sequence[float]
+
+
+def cost(client: Any, work: Callable[[], object]) -> Cost:
+    """What some work costs."""
+    before = client.run(time.process_time)
+    start, here = clock(), time.process_time()
     work()
-    return clock() - start
+    end, used = clock(), time.process_time() - here
+    return Cost(end - start, used, [now - before[worker] for worker, now in client.run(time.process_time).items()])
 
 
-def main(shown: int = 500_000, repetitions: int = 3) -> None:
+def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions: int = 3) -> None:
     """Print the medians and their ratios."""
     from distributed import Client, LocalCluster
 
@@ -121,10 +158,7 @@ def main(shown: int = 500_000, repetitions: int = 3) -> None:
             Client(cluster) as client,
         ):
             started = clock() - begun
-            model = sr.FM(SCHEMA, dim=16)
-            sr.BatchTrainer(model=model).run(prepared_alone(small, f"{name}/small"))
             users, items = [f"u{n}" for n in range(20_000)], [f"p{n}" for n in range(50_000)]
-
             works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
                 "prepare": (
                     lambda: prepared_alone(archive, f"{name}/alone"),
@@ -132,24 +166,53 @@ def main(shown: int = 500_000, repetitions: int = 3) -> None:
                         client, archive, f"{name}/two", schema=SCHEMA, piece=2 << 20, parts=2, **parts()
                     ),
                 ),
-                "score": (
+            }
+            print(f"\ncluster started in {started:.1f} s")
+            if "score" in chosen or not chosen:
+                model = sr.FM(SCHEMA, dim=16)
+                sr.BatchTrainer(model=model).run(prepared_alone(small, f"{name}/small"))
+                works["score"] = (
                     lambda: scored_alone(model, users, f"{name}/alone", items),
                     lambda: dask.score(client, model, users, f"{name}/two", catalogue=items),
-                ),
-            }
-            print(
-                f"\n{count:,} events; {len(users):,} users, {len(items):,} items; cluster started in {started:.1f} s\n"
-            )
+                )
+            trained: dict[str, sr.FM] = {}
+            if "fit" in chosen or not chosen:
+                schema, test = write_rows(f"{name}/fit", rows)
+                many = sr.EncodedRows(f"{name}/fit")
+
+                def fit(who: str, run: Callable[[sr.BatchTrainer], object], epochs: int = EPOCHS) -> None:
+                    trainer = sr.BatchTrainer(model=sr.FM(schema, dim=16), epochs=epochs)
+                    run(trainer)
+                    trained[who] = trainer.model  # type: ignore[assignment]
+
+                works["fit"] = (
+                    lambda: fit("alone", lambda trainer: trainer.run(sr.EncodedRows(f"{name}/fit"))),
+                    lambda: fit("two", lambda trainer: dask.fit(client, trainer, many)),
+                )
+                works["fit, one epoch"] = (
+                    lambda: fit("alone, 1", lambda trainer: trainer.run(sr.EncodedRows(f"{name}/fit")), 1),
+                    lambda: fit("two, 1", lambda trainer: dask.fit(client, trainer, many), 1),
+                )
+            print(f"{count:,} events; {len(users):,} users, {len(items):,} items; {rows:,} rows, {EPOCHS} epochs\n")
             for what, (alone, two) in works.items():
+                if chosen and what.split(",")[0] not in chosen:
+                    continue
                 alone(), two()  # compiles
-                seconds: list[tuple[float, float]] = []
-                for _ in range(repetitions):
-                    seconds.append((timed(alone), timed(two)))
-                one, both = (statistics.median(column) for column in zip(*seconds, strict=True))
-                print(f"  {what:<8} one process {one:6.2f} s, two workers {both:6.2f} s, ratio {one / both:.2f}")
-            same = sr.EncodedRows(f"{name}/alone"), sr.EncodedRows(f"{name}/two")
-            print(f"  rows     {len(same[0]):,} and {len(same[1]):,}\n")
+                costs = [(cost(client, alone), cost(client, two)) for _ in range(repetitions)]
+                one, both = (statistics.median(pair[n].clock for pair in costs) for n in (0, 1))
+                cpu = statistics.median(pair[0].here for pair in costs)
+                busier = statistics.median(max(pair[1].workers) for pair in costs)
+                print(
+                    f"  {what:<15} one process {one:6.2f} s, two workers {both:6.2f} s, ratio {one / both:.2f}; "
+                    f"CPU {cpu:6.2f} s and {busier:6.2f} s, ratio {cpu / busier:.2f}",
+                    flush=True,
+                )
+            for who, fitted in trained.items():
+                print(f"  AUC, {who:<10} {judged(fitted, test):.4f}")
+            if not chosen or "prepare" in chosen:
+                same = sr.EncodedRows(f"{name}/alone"), sr.EncodedRows(f"{name}/two")
+                print(f"  rows prepared {len(same[0]):,} and {len(same[1]):,}\n")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*(int(word) if word.isdigit() else word for word in sys.argv[1:]))  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""What merging costs in quality: copies of an FM that learn apart, beside one that learns all rows in order.
+
+    python -m benchmarks.merging [rows]
+
+No cluster, for what is measured is not speed: the copies learn one after the other in this process, the rows and the
+merges being those of `streamrec.adapters.dask.fit`. The area is that of a tenth more rows, which nobody has learned.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+import streamrec as sr
+from benchmarks._measure import auc, log_loss, one_thread
+from benchmarks.streams import zipf
+from streamrec.adapters.dask._share import Cuts
+from streamrec.batch import LabeledRows
+from streamrec.models import merging
+from streamrec.models.merging import Copy
+
+__all__ = ["main"]
+
+EPOCHS = 2
+
+
+def learned(
+    rows: LabeledRows, schema: sr.Schema, copies: int, apart: int, *, ramp: bool = True, seed: int = 0
+) -> Iterator[tuple[sr.FM, float, int]]:
+    """The model after each epoch, the CPU seconds that one copy has merged for by then, and the merges."""
+    models = [sr.FM(schema, dim=16, seed=seed) for _ in range(copies)]
+    apart_models = [Copy(model) for model in models]
+    cuts = Cuts(len(rows.labels), copies, apart, apart)
+    seconds, merges = 0.0, 0
+    for epoch in range(EPOCHS):
+        for number in range(cuts.rounds):
+            steps = cuts.steps(number, first=ramp and epoch == 0)
+            for begin, end in pairwise(steps):
+                for copy, model in enumerate(models):
+                    first, last = cuts.part(number, copy)
+                    model.learn(*rows.take(slice(min(first + begin, last), min(first + end, last))))
+                if copies > 1:
+                    start = time.process_time()
+                    parts = [one.changes() for one in apart_models]
+                    for one in apart_models:
+                        one.merge(parts)
+                    seconds += (time.process_time() - start) / copies
+                    merges += 1
+        yield models[0], seconds, merges
+
+
+def main(count: int = 400_000) -> None:
+    """Print the area and the log loss after each epoch."""
+    stream = zipf(count + count // 10, fields=10, ids=50_000, even=False)
+    ones = np.ones(len(stream.labels), dtype=np.float32)
+    whole = LabeledRows(stream.batch, stream.labels, ones)
+    rows, test = whole.take(slice(0, count)), whole.take(slice(count, len(ones)))
+    trust = merging.TRUST
+
+    def show(name: str, copies: int, apart: int, *, ramp: bool = True, seed: int = 0) -> None:
+        found, seconds, merges = [], 0.0, 0
+        for model, seconds, merges in learned(rows, stream.schema, copies, apart, ramp=ramp, seed=seed):  # noqa: B007
+            scores = model.predict(test.batch)
+            found.append(f"{auc(test.labels, scores):.4f} / {log_loss(test.labels, scores):.4f}")
+        cost = f"{1e3 * seconds / merges:.0f} ms x {merges}" if merges else ""
+        print(f"| {name} | {' | '.join(found)} | {cost} |", flush=True)
+
+    print(f"\n{count:,} rows of ten fields, dim 16, AUC / log loss after each epoch\n")
+    print("| | first | second | a merge, CPU |\n| --- | ---: | ---: | ---: |")
+    with one_thread():
+        for seed in range(3):
+            show(f"one process, seed {seed}", 1, count, seed=seed)
+        for copies in (2, 4, 8):
+            for apart in (6_250, 25_000):
+                show(f"{copies} copies, {apart:,} rows apart", copies, apart)
+        show("2 copies, 25,000 apart, no short rounds at first", 2, 25_000, ramp=False)
+        show("4 copies, 25,000 apart, no short rounds at first", 4, 25_000, ramp=False)
+        try:
+            merging.TRUST = np.zeros(2, dtype=np.float32)
+            show("2 copies, 25,000 apart, the steps alone", 2, 25_000)
+            show("4 copies, 25,000 apart, the steps alone", 4, 25_000)
+            merging.TRUST = np.full(2, 1e9, dtype=np.float32)
+            show("2 copies, 25,000 apart, means", 2, 25_000)
+            show("4 copies, 25,000 apart, means", 4, 25_000)
+        finally:
+            merging.TRUST = trust
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
