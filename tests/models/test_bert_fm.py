@@ -270,7 +270,7 @@ def test_a_scorer_ranks_and_retrieves_as_it_scores() -> None:
     scorer.set_catalogue(some)
     for found in (
         ranked,
-        scorer.retrieve(user="u2", features=shared),
+        scorer.retrieve(user="u2", features=shared, k=None),
         scorer.retrieve(user="u2", features=shared, k=2),
     ):
         assert [one.score for one in found] == pytest.approx([expected[one.item] for one in found], abs=1e-5)
