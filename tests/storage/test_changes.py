@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from streamrec.errors import ConfigError, DamagedError, StoreError
 from streamrec.protocols import Changed
 from streamrec.storage import DamagedWarning, Shelf, Store
-from streamrec.storage import store as store_module
+from streamrec.storage import shelf as shelf_module
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 
 _memory = itertools.count()
@@ -128,7 +128,7 @@ def test_any_chain_of_changes_equals_the_whole_state(data: st.DataObject) -> Non
             if changes is not None:
                 assert changes[0].number == base
                 assert (
-                    first_difference(states[base], store_module.resolve([copy_state(states[held]), *changes[1]]))
+                    first_difference(states[base], shelf_module.resolve([copy_state(states[held]), *changes[1]]))
                     is None
                 )
 
@@ -264,7 +264,7 @@ def test_chains_are_cut_short_when_their_changes_weigh_more_than_the_whole(
 
 
 def test_chains_are_cut_short_when_they_have_many_links(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_LINKS", 4)
+    monkeypatch.setattr(shelf_module, "_LINKS", 4)
     chain(shelf, 3, rows=5000)
     assert shelf.compact() is None
 

@@ -271,7 +271,7 @@ def test_an_error_of_the_source_waits_for_what_is_being_written(
 def test_a_damaged_chain_is_warned_of_and_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = sr.Store(tmp_path, keep=100)
     trainer = make(store)
-    monkeypatch.setattr("streamrec.storage.store._HEAVY", 0.0)
+    monkeypatch.setattr("streamrec.storage.shelf._HEAVY", 0.0)
     for begin in range(0, 20, 10):
         trainer.push(STREAM[begin : begin + 10])
         trainer.checkpoint()
