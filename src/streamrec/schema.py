@@ -120,7 +120,7 @@ class Number(msgspec.Struct, frozen=True, tag_field="field", tag="number"):
     so that encoding itself remembers nothing.
 
     >>> Number("listed_at", since=True, log=True, quantile=True)
-    Number(name='listed_at', log=True, since=True, quantile=True)
+    Number(name='listed_at', log=True, scale=1.0, standardize=False, since=True, quantile=True)
     """
 
     name: str

@@ -254,9 +254,9 @@ class LabelJoin:
         >>> join.step(Impression(id="i1", time=0.0, user="u1", item="p9"), 7)
         ()
         >>> join.step(Feedback(id="f1", impression_id="i1", time=61.0))
-        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True)]
+        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True, weight=1.0, corrects=False)]
         >>> join.step(Impression(id="i2", time=1.0, user="u1", item="p9"), 8)  # late
-        [Closed(payload=8, kind='', label=nan, time=1.0, last=True)]
+        [Closed(payload=8, kind='', label=nan, time=1.0, last=True, weight=1.0, corrects=False)]
         """
         if isinstance(event, Impression):
             id, code, number, value = event.id, SHOWN, self._number(payload), nan
@@ -391,7 +391,7 @@ class LabelJoin:
         []
         >>> join.hand_over(lambda shown: [7 for one in shown])
         >>> join.drain()
-        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True)]
+        [Closed(payload=7, kind='click', label=0.0, time=0.0, last=True, weight=1.0, corrects=False)]
         """
         if not self._objects:
             return

@@ -35,6 +35,7 @@ class RateLimit:
 
     Remembers at most `capacity` values; past that the one not seen for longest goes, and `evicted` counts them.
 
+    >>> from streamrec import Impression
     >>> shown = [Impression(id=f"i{n}", time=0.1 * n, user="u1", item="p9") for n in range(5)]
     >>> limit = RateLimit(most=3, within="1m", hold="1h")
     >>> len(limit.push(shown)), limit.counts
