@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,6 @@ from tests.kafka.broker import GIVEN, Broker, committed, free_port, new_topic, r
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGTERM and SIGSTOP")
 ours = pytest.mark.skipif(GIVEN is not None, reason="needs a broker that can be stopped")
-
-
-@pytest.fixture
-def own() -> Iterator[Broker]:
-    """A broker of the test's own, to stop and start."""
-    broker = Broker("noida")
-    try:
-        yield broker
-    finally:
-        broker.thaw()
-        broker.close()
 
 
 def make_trainer(folder: Path) -> sr.OnlineTrainer:

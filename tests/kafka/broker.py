@@ -152,6 +152,17 @@ def noida() -> Iterator[str]:
     yield from _fixture("noida")
 
 
+@pytest.fixture
+def own() -> Iterator[Broker]:
+    """A broker of the test's own, to stop and start."""
+    broker = Broker("noida")
+    try:
+        yield broker
+    finally:
+        broker.thaw()
+        broker.close()
+
+
 def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
     """What `true` gives once that is true; fails after so many seconds."""
     deadline = time.monotonic() + seconds

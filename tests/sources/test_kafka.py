@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +51,6 @@ def drain(source: Any, limit: int = 256) -> list[Any]:
     while items := source.read(limit):
         found += items
     return found
-
-
-@pytest.fixture
-def own() -> Iterator[Broker]:
-    """A broker of the test's own, to stop and start."""
-    broker = Broker("noida")
-    try:
-        yield broker
-    finally:
-        broker.thaw()
-        broker.close()
 
 
 def test_it_is_a_source_that_resumes_at_every_message(noida: str) -> None:
