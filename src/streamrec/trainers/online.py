@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -25,7 +25,9 @@ from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Text
 from streamrec.storage import Archive, Store, Version
+from streamrec.trainers._checkpoints import Checkpoints
 from streamrec.trainers._forget import forget_rows, names_of, purge_letters
+from streamrec.trainers._judge import Judge
 from streamrec.trainers._saved import describers, description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
@@ -130,13 +132,15 @@ class OnlineTrainer:
         self._validate = Validate()
         self._encoder = Encoder(model.schema)
         self._nothing = self._encoder([])
+        self._saver = Saver(model)
+        self._checkpoints = Checkpoints(self.store, self.archive, self._saver, clock)
         self.gate = gate
         if gate is not None:
             if not (hasattr(model, "config") and hasattr(model, "from_config")):
                 raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
             gate.attach(self._require_store(), self._published)
-        notes = self.validation.notes if gate is None else [*self.validation.notes, gate.notes]
-        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), notes)
+        self._judge = Judge(self.validation, gate, target)
+        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), self._judge.notes)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
         self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
@@ -146,12 +150,6 @@ class OnlineTrainer:
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
         self._lap = clock()
-        self._saver = Saver(model)
-        self._saved_events = 0
-        self._saved_time = clock()
-        self._source: Source | None = None  # of the positions below
-        self._behind: Position | None = None  # of the checkpoint that is being written
-        self._durable: deque[Position] = deque(maxlen=1 if self.store is None else self.store.keep)  # the newest last
         self._take_over()
 
     def _take_over(self) -> None:
@@ -172,31 +170,8 @@ class OnlineTrainer:
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
         """Keep what metrics and the gate want to know of these impressions when their labels come."""
-        for column, notes in zip(self._rows.notes, self._notes(shown, batch), strict=True):
+        for column, notes in zip(self._rows.notes, self._judge.note(shown, batch), strict=True):
             column[slots] = notes
-
-    def _notes(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
-        notes = self.validation.note(shown, batch)
-        return notes if self.gate is None else [*notes, self.gate.note(batch)]
-
-    def _judge(
-        self,
-        labels: NDArray[np.float32],
-        served: NDArray[np.float32],
-        weights: NDArray[np.float32],
-        times: NDArray[np.float64],
-        kinds: str | list[str],
-        notes: list[NDArray[Any]],
-    ) -> None:
-        """Give labels to the metrics, and those of the target to the gate."""
-        if self.gate is not None:
-            *notes, compared = notes
-            if isinstance(kinds, list):
-                wanted = np.array([kind == self.target for kind in kinds])
-                self.gate.update(labels[wanted], compared[wanted])
-            elif kinds == self.target:
-                self.gate.update(labels, compared)
-        self.validation.update(labels, served, weights, times, kinds, notes)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +258,7 @@ class OnlineTrainer:
         if len(todo.judged_rows):
             which = todo.judged_kinds
             names = list(kinds_here)
-            self._judge(
+            self._judge.update(
                 todo.judged_labels,
                 self._rows.served[todo.judged_rows],
                 todo.judged_weights,
@@ -324,13 +299,13 @@ class OnlineTrainer:
         served = _served(found, shown)
         judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
-            self._judge(
+            self._judge.update(
                 labels[judged],
                 served[judged],
                 weights[judged],
                 batch.times[judged],
                 first if one_kind else [kind for kind in kinds if kind],
-                [notes[judged] for notes in self._notes(shown, batch)],
+                [notes[judged] for notes in self._judge.note(shown, batch)],
             )
         scores: list[float] = found.tolist()
         return scores
@@ -373,9 +348,7 @@ class OnlineTrainer:
         is drawn where standard error is a terminal.
         """
         self._lap = self._clock()
-        if source is not self._source:
-            self._source = source
-            self._durable.clear()
+        self._checkpoints.follow(source)
         if not self._counts["events"]:
             position = self.resume()
             if position is not None:
@@ -384,14 +357,14 @@ class OnlineTrainer:
             interrupted = self._run(source, limit)
         except BaseException:
             with suppress(Exception):  # what ends the run is the first error
-                self._written()
+                self._checkpoints.finish()
             raise
-        self._written()
+        self._checkpoints.finish()
         self._take_lap()
-        if self.store is not None and self._counts["events"] > self._saved_events:
+        if self.store is not None and self._counts["events"] > self._checkpoints.events:
             self.checkpoint(source.position())
             self._take_lap()
-        self._release(source)
+        self._checkpoints.release()
         return self.report(interrupted=interrupted)
 
     def _run(self, source: Source, limit: int | None) -> bool:
@@ -407,17 +380,18 @@ class OnlineTrainer:
                     self.push(events)
                     read += len(events)
                     bar.update(len(events))
-                elif self._counts["events"] == self._saved_events:
+                elif self._counts["events"] == self._checkpoints.events:
                     continue  # nothing has come since the last one
-                if not self._writing() and self.checkpoint_due:
+                if not self._checkpoints.busy and self.checkpoint_due:
                     if self.background and not self._saver.prepared():
                         continue
                     self._take_lap()
-                    self._release(source)
+                    self._checkpoints.release()
+                    position = source.position()
                     if self.background:
-                        self._checkpoint_behind(source.position())
+                        self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
                     else:
-                        self.checkpoint(source.position())
+                        self.checkpoint(position)
                     bar.set_postfix(self.validation.compute(), refresh=False)
             return stop.is_set()
 
@@ -449,61 +423,15 @@ class OnlineTrainer:
     def checkpoint_due(self) -> bool:
         """Whether there is a store, and `checkpoint_every` events or `checkpoint_seconds` have passed since the last
         one, or the gate has something to decide."""
-        return self.store is not None and (
-            (self.gate is not None and self.gate.due)
-            or self._counts["events"] - self._saved_events >= self.checkpoint_every
-            or self._clock() - self._saved_time >= self.checkpoint_seconds
-        )
+        decides = self.store is not None and self.gate is not None and self.gate.due
+        every, seconds = self.checkpoint_every, self.checkpoint_seconds
+        return decides or self._checkpoints.due(self._counts["events"], every, seconds)
 
     def checkpoint(self, position: Position | None = None) -> Version:
         """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`."""
-        store = self._require_store()
-        self._written()
-        version = self._write(store, *self._cut(position))
-        self._saved_events = self._counts["events"]
-        self._saved_time = self._clock()
-        if position is not None:
-            self._durable.append(position)
-        return version
-
-    def _checkpoint_behind(self, position: Position) -> None:
-        """Cut a checkpoint now, and have it written while the stream goes on."""
-        store, cuts = self._require_store(), self._cut(position)
-        self._saved_events = self._counts["events"]
-        self._saved_time = self._clock()
-        self._behind = position
-        self._saver.start(lambda: self._write(store, *cuts))
-
-    def _writing(self) -> bool:
-        """Whether a checkpoint is being written. Raises what went wrong with the last one."""
-        try:
-            busy = self._saver.busy
-        except BaseException:
-            self._saved_events, self._behind = 0, None  # nothing is known to be saved
-            raise
-        if not busy:
-            self._note_durable()
-        return busy
-
-    def _written(self) -> None:
-        """Wait for the checkpoint that is being written. Raises what went wrong with it."""
-        try:
-            self._saver.finish()
-        except BaseException:
-            self._saved_events, self._behind = 0, None
-            raise
-        self._note_durable()
-
-    def _note_durable(self) -> None:
-        if self._behind is not None:
-            self._durable.append(self._behind)
-            self._behind = None
-
-    def _release(self, source: Any) -> None:
-        """Tell the source what it need not keep: what lies before the oldest of as many checkpoints as the store
-        keeps."""
-        if len(self._durable) == self._durable.maxlen and hasattr(source, "release"):
-            source.release(self._durable[0])
+        self._require_store()
+        self._checkpoints.finish()
+        return self._checkpoints.write(self._cut(position), position, self._counts["events"])
 
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
@@ -529,24 +457,10 @@ class OnlineTrainer:
             state["stages"] = [stage.published() for stage in stages]
         return Cut(state, info, base, published=True, copied=copied)
 
-    def _write(self, store: Store, published: Cut, checkpoint: Cut) -> Version:
-        """Write both, and then make the stored ones shorter where there are too many changes."""
-        # published first: a process killed between the two cuts this checkpoint again, and publishes again
-        if self.archive is not None:
-            self.archive.write()
-        self._saver.write(store.versions, published)
-        version = self._saver.write(store.checkpoints, checkpoint)
-        if self.archive is not None:
-            oldest = min(int(one.info.get("archive", 0)) for one in store.checkpoints.list())
-            self.archive.commit(int(checkpoint.info["archive"]), oldest)
-        self._saver.compact(store.versions, published=True)
-        self._saver.compact(store.checkpoints, published=False)
-        return version
-
     def publish(self) -> Version:
         """Save the model as a version for scorers. Raises `StoreError`."""
         shelf = self._require_store().versions
-        self._written()
+        self._checkpoints.finish()
         version = self._saver.write(shelf, self._cut_published())
         self._saver.compact(shelf, published=True)
         return version
@@ -596,7 +510,7 @@ class OnlineTrainer:
         A user behind `Pseudonymize` is named as in front of it. What the model has learned about items, and its
         metrics, stays. Call it between two pushes. Raises `ConfigError` where a model cannot forget, `StoreError`.
         """
-        self._written()
+        self._checkpoints.finish()
         gone: Counter[str] = Counter()
         for name in names_of(user, self.preprocessors):
             parts = self.model, self._encoder, self._rows, self.join, self.archive
@@ -644,7 +558,7 @@ class OnlineTrainer:
         if state["format"] != FORMAT:
             raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
         require_parts(state, self.preprocessors, self.join)
-        self._written()
+        self._checkpoints.finish()
         self._saver.forget()
         self.model.load_state_dict(state["model"])
         self._rows.load_state_dict(state["rows"])
@@ -661,8 +575,7 @@ class OnlineTrainer:
             self.archive.load_state_dict(state["archive"])
         self._counts = Counter(state["counts"])
         self._seconds = state["seconds"]
-        self._saved_events = self._counts["events"]
-        self._saved_time = self._clock()
+        self._checkpoints.count_from(self._counts["events"])
 
     def _published(self, number: int) -> Model:
         """The model of a version that this trainer has published. Raises `StoreError`."""
@@ -672,9 +585,7 @@ class OnlineTrainer:
         return model
 
     def _require_store(self) -> Store:
-        if self.store is None:
-            raise ConfigError('this trainer keeps nothing: give it a store, such as store="runs/ctr"')
-        return self.store
+        return self._checkpoints.require_store()
 
 
 def _served(found: NDArray[np.float32], shown: Sequence[Impression]) -> NDArray[np.float32]:

@@ -1,0 +1,121 @@
+"""Checkpoints: when one is due, the writing of it, and what a source need not keep any more."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from streamrec.errors import ConfigError
+from streamrec.events import Position
+from streamrec.protocols import Source
+from streamrec.storage import Archive, Store, Version
+from streamrec.trainers._saver import Cut, Saver
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """Writes what an `OnlineTrainer` cuts, at once or behind the stream, and knows how long ago that was on `clock`.
+
+    What is written is a version and a checkpoint, and the `archive`'s rows until then.
+    """
+
+    def __init__(self, store: Store | None, archive: Archive | None, saver: Saver, clock: Callable[[], float]) -> None:
+        self._store, self._archive, self._saver, self._clock = store, archive, saver, clock
+        self.events = 0
+        """How many events the last one knows."""
+        self._time = clock()
+        self._source: Source | None = None  # of the positions below
+        self._behind: Position | None = None  # of the checkpoint that is being written
+        self._durable: deque[Position] = deque(maxlen=1 if store is None else store.keep)  # the newest last
+
+    def require_store(self) -> Store:
+        """The store. Raises `ConfigError` where there is none."""
+        if self._store is None:
+            raise ConfigError('this trainer keeps nothing: give it a store, such as store="runs/ctr"')
+        return self._store
+
+    def due(self, events: int, every: int, seconds: float) -> bool:
+        """Whether the next one is, after so many events in all: `every` of them or `seconds` after the last."""
+        return self._store is not None and (events - self.events >= every or self._clock() - self._time >= seconds)
+
+    def count_from(self, events: int) -> None:
+        """The last one was cut now, after so many events."""
+        self.events = events
+        self._time = self._clock()
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def write(self, cuts: tuple[Cut, Cut], position: Position | None, events: int) -> Version:
+        """Write what was cut, and wait for it. Raises `StoreError`."""
+        version = self._write(self.require_store(), *cuts)
+        self.count_from(events)
+        if position is not None:
+            self._durable.append(position)
+        return version
+
+    def write_behind(self, cuts: tuple[Cut, Cut], position: Position, events: int) -> None:
+        """Have it written while the stream goes on."""
+        store = self.require_store()
+        self.count_from(events)
+        self._behind = position
+        self._saver.start(lambda: self._write(store, *cuts))
+
+    def _write(self, store: Store, published: Cut, checkpoint: Cut) -> Version:
+        """Write both, and then make the stored ones shorter where there are too many changes."""
+        # published first: a process killed between the two cuts this checkpoint again, and publishes again
+        if self._archive is not None:
+            self._archive.write()
+        self._saver.write(store.versions, published)
+        version = self._saver.write(store.checkpoints, checkpoint)
+        if self._archive is not None:
+            oldest = min(int(one.info.get("archive", 0)) for one in store.checkpoints.list())
+            self._archive.commit(int(checkpoint.info["archive"]), oldest)
+        self._saver.compact(store.versions, published=True)
+        self._saver.compact(store.checkpoints, published=False)
+        return version
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written. Raises what went wrong with the last one."""
+        try:
+            busy = self._saver.busy
+        except BaseException:
+            self._lose()
+            raise
+        if not busy:
+            self._note_durable()
+        return busy
+
+    def finish(self) -> None:
+        """Wait for the one that is being written. Raises what went wrong with it."""
+        try:
+            self._saver.finish()
+        except BaseException:
+            self._lose()
+            raise
+        self._note_durable()
+
+    def _lose(self) -> None:
+        self.events, self._behind = 0, None  # nothing is known to be saved
+
+    def _note_durable(self) -> None:
+        if self._behind is not None:
+            self._durable.append(self._behind)
+            self._behind = None
+
+    # -- the source ----------------------------------------------------------------------------------------------------
+
+    def follow(self, source: Source) -> None:
+        """Positions are of this source from now on."""
+        if source is not self._source:
+            self._source = source
+            self._durable.clear()
+
+    def release(self) -> None:
+        """Tell the source what it need not keep: what lies before the oldest of as many checkpoints as the store
+        keeps."""
+        source: Any = self._source
+        if len(self._durable) == self._durable.maxlen and hasattr(source, "release"):
+            source.release(self._durable[0])
