@@ -1,8 +1,7 @@
-"""The memory of what waits for a label, and what an archive costs: `python -m benchmarks.open_impressions`.
+"""The memory of what waits for a label: `python -m benchmarks.open_impressions`.
 
 A million impressions of 16 fields, open in the join of an `OnlineTrainer`: the memory of the process before them and
-after, and at its highest, by the system's own count. Then the end-to-end run of `benchmarks.end_to_end` with an archive
-and without, in turn, CPU seconds of the whole process, the threads that write among them.
+after, and at its highest, by the system's own count.
 """
 
 from __future__ import annotations
@@ -10,14 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import statistics
-import tempfile
-import time
 from typing import Any
 
 import streamrec as sr
-from benchmarks._measure import one_thread
-from benchmarks.streams import SCHEMA, movielens
 
 FIELDS = [sr.Id("user"), sr.Id("item"), *(sr.Id(f"f{n}") for n in range(10)), *(sr.Number(f"x{n}") for n in range(4))]
 
@@ -51,36 +45,11 @@ def memory(count: int) -> None:
     print(f"{(peak - before) / 1e6:,.0f} MB while they came; {(after - before) / count:.0f} bytes each\n")
 
 
-def run(log: Any, archived: bool) -> float:
-    """CPU seconds for the whole log."""
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        trainer = sr.OnlineTrainer(
-            model=sr.FM(SCHEMA, dim=16, seed=0),
-            preprocessors=[sr.Dedup(ttl=3600.0, capacity=1_000_000)],
-            join=sr.LabelJoin(windows={"click": 600.0}),
-            metrics=[sr.AUC(), sr.LogLoss(), sr.NormalizedEntropy(), sr.Calibration(), sr.CTR()],
-            store=f"{folder}/store",
-            archive=f"{folder}/archive" if archived else None,
-        )
-        start = time.process_time()
-        trainer.run(sr.JsonLines(log))
-        return time.process_time() - start
-
-
 def main() -> None:
-    """Print both."""
+    """Print it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--repetitions", type=int, default=5)
-    options = parser.parse_args()
-    if options.count:
-        memory(options.count)
-    log = movielens.event_log(movielens.load())
-    run(log, True)
-    pairs = [(run(log, False), run(log, True)) for _ in range(options.repetitions)]
-    without, archived = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(b / a for a, b in pairs)
-    print(f"end to end without an archive {without:.2f} s of CPU, with one {archived:.2f} s: {ratio:.2f} times")
+    memory(parser.parse_args().count)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,16 @@ class Killed(BaseException):
 def test_a_run_that_is_killed_anywhere_archives_the_same(
     tmp_path: Path, whole: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    put, steps = module.Archive._put_bytes, {"left": 0, "before": True}
+    put, steps, lock = module.Archive._put_bytes, {"left": 0, "before": True}, threading.Lock()
 
     def dying(self: Any, name: str, content: Any) -> None:
-        steps["left"] -= 1
-        if steps["left"] == 0 and steps["before"]:
+        with lock:  # files are written by several threads
+            steps["left"] -= 1
+            mine, before = steps["left"], steps["before"]
+        if mine == 0 and before:
             raise Killed
         put(self, name, content)
-        if steps["left"] == 0:
+        if mine == 0:
             raise Killed
 
     monkeypatch.setattr(module.Archive, "_put_bytes", dying)
@@ -151,18 +154,49 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_takes_rows_back(
 
 
 def test_more_than_may_be_held_is_written_before_the_checkpoint(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
-    module_at_once, module._AT_ONCE = module._AT_ONCE, 4
-    try:
-        folder = tmp_path / "small"
-        trainer = trainer_of(folder, archive=sr.Archive(folder / "archive", most=10), checkpoint_every=100)
-        trainer.run(sr.Memory(stream()), limit=90)
-        for event in stream()[90:130]:
-            trainer.push([event])
-        assert trainer.archive is not None and trainer.archive._spilled
-        trainer_of(folder).run(sr.Memory(stream()))  # what was spilled belongs to no checkpoint
-        assert contents(folder) == whole
-    finally:
-        module._AT_ONCE = module_at_once
+    folder = tmp_path / "small"
+    trainer = trainer_of(folder, archive=sr.Archive(folder / "archive", most=10), checkpoint_every=100)
+    trainer.run(sr.Memory(stream()), limit=90)
+    for event in stream()[90:130]:
+        trainer.push([event])
+    assert trainer.archive is not None and trainer.archive._spilled
+    trainer_of(folder).run(sr.Memory(stream()))  # what was spilled belongs to no checkpoint
+    assert contents(folder) == whole
+
+
+class Offer(sr.Impression, frozen=True, tag="offer"):
+    """An impression of a user's own kind."""
+
+    campaign: str = "spring"
+
+
+def test_whatever_stands_in_an_event_is_archived(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    features: list[dict[str, Any]] = [
+        {"text": 'a "quoted"\nline \\ \x00 \u2028 \u00e9'},
+        {"vector": np.arange(2.0), "count": np.int64(3), "set": {1}, "nan": float("nan")},
+        {"half": "\ud800", "price": 2.5},
+        {"large": 2**80, "nested": {"deep": [1, {"x": None}]}},
+        endless,
+        {"object": object()},
+        {},
+    ]
+    shown = [sr.Impression(f"i\x00{n}", START + n, "u\n\u00e9", "", one) for n, one in enumerate(features)]
+    told = [sr.Feedback("f\x00", "i\x000", START + 9.0, 'a "kind"', 0.5), sr.Feedback("f2", "i\x000", START + 9.0)]
+    archive = sr.Archive(tmp_path / "archive")
+    for events in ([shown[0]], [*shown[1:], *told], [Offer("o1", START + 10.0, "u1", "p1", {"a": 1.0}, 0.5)]):
+        archive.add(events)
+    archive.cut()
+    archive.write()
+    archive.commit(1, 1)
+    found = everything(archive.read("events"))
+    assert [one.id for one in found] == [*(one.id for one in shown), "f\x00", "f2", "o1"]
+    assert found[0] == shown[0] and found[6] == shown[6] and found[7:9] == told
+    assert found[1].features == {"vector": [0.0, 1.0], "count": 3, "set": [1], "nan": None}
+    assert found[2].features == {"half": "?", "price": 2.5}
+    assert found[3].features["nested"] == {"deep": [1, {"x": None}]} and "again" in found[4].features
+    assert found[9] == sr.Impression("o1", START + 10.0, "u1", "p1", {"a": 1.0}, 0.5)
 
 
 @pytest.mark.parametrize("dataset", ["events", "labeled", "dead"])

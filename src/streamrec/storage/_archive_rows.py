@@ -1,94 +1,17 @@
-"""The rows of an archive: events, labels and dead letters as columns, and back as a source."""
+"""The rows of an archive as a source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from streamrec.errors import ConfigError, SourceError
+from streamrec.errors import SourceError
 from streamrec.events import DeadLetter, Event, Feedback, Impression, Item, Labeled, Position
 
-__all__ = ["ArchivedRows", "arrow", "hour_of", "rows_of"]
-
-_encode = msgspec.json.Encoder().encode
-
-
-def arrow() -> Any:
-    """pyarrow. Raises `ConfigError`, saying what to type, where it is not there."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError('an archive needs pyarrow: pip install "streamrec[dask]"') from error
-    return pyarrow
-
-
-@cache
-def _schema(dataset: str) -> Any:
-    pa = arrow()
-    text, real, whole = pa.string(), pa.float64(), pa.int64()
-    columns = {
-        "events": [
-            *(("type", text), ("id", text), ("time", real), ("user", text), ("item", text), ("features", text)),
-            *(("score", real), ("impression_id", text), ("kind", text), ("value", real), ("number", whole)),
-        ],
-        "labels": [
-            *(("impression_id", text), ("time", real), ("kind", text), ("label", pa.float32())),
-            *(("weight", pa.float32()), ("score", pa.float32()), ("corrects", pa.bool_()), ("number", whole)),
-        ],
-        "dead": [("position", text), ("reason", text), ("raw", pa.binary()), ("number", whole)],
-    }
-    return pa.schema(columns[dataset])
-
-
-def rows_of(dataset: str, rows: Sequence[Any]) -> Any:
-    """Columns, of numbered events or of tuples in the order of the columns."""
-    pa = arrow()
-    schema = _schema(dataset)
-    if dataset != "events":
-        columns: Any = [list(column) for column in zip(*rows, strict=True)]
-        return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-    events = [event for _, event in rows]
-    is_shown = [type(event) is Impression for event in events]
-    values = [
-        ["impression" if shown else "feedback" for shown in is_shown],
-        [event.id for event in events],
-        [event.time for event in events],
-        [event.user if shown else None for event, shown in zip(events, is_shown, strict=True)],
-        [event.item if shown else None for event, shown in zip(events, is_shown, strict=True)],
-        [_features(event) if shown else None for event, shown in zip(events, is_shown, strict=True)],
-        [event.score if shown else None for event, shown in zip(events, is_shown, strict=True)],
-        [None if shown else event.impression_id for event, shown in zip(events, is_shown, strict=True)],
-        [None if shown else event.kind for event, shown in zip(events, is_shown, strict=True)],
-        [None if shown else event.value for event, shown in zip(events, is_shown, strict=True)],
-        [number for number, _ in rows],
-    ]
-    return pa.table([pa.array(c, f.type) for c, f in zip(values, schema, strict=True)], schema=schema)
-
-
-def _features(shown: Impression) -> str | None:
-    if not shown.features:
-        return None
-    try:
-        return _encode(shown.features).decode()
-    except (TypeError, ValueError):  # a value straight from a computation, or one that JSON has not
-        return msgspec.json.encode(shown.features, enc_hook=_plain).decode()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else repr(value)
-
-
-def hour_of(dataset: str, table: Any) -> NDArray[np.int64]:
-    """int64 `(rows,)`: the hours since 1970 of their event time; dead letters have none, 0."""
-    if dataset == "dead":
-        return np.zeros(table.num_rows, dtype=np.int64)
-    times: NDArray[np.float64] = table.column("time").to_numpy()
-    return (times // 3600).astype(np.int64)
+__all__ = ["ArchivedRows"]
 
 
 class ArchivedRows:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,15 +23,18 @@ from numpy.typing import NDArray
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
 from streamrec.protocols import State
-from streamrec.storage._archive_rows import ArchivedRows, arrow, hour_of, rows_of
+from streamrec.storage._archive_columns import DATASETS, Rows, arrow, of_dataset
+from streamrec.storage._archive_rows import ArchivedRows
 from streamrec.storage._folders import folder
 
 __all__ = ["Archive"]
 
 FORMAT = 1
-DATASETS = ("events", "labels", "dead")
 _FOLDER, _MANIFEST = "manifest", "archive.json"
-_AT_ONCE = 8192  # events that become columns at once
+_REPEATING = {"type", "user", "item", "kind"}
+_ORDERED = {"time", "number"}
+_AT_ONCE = 4  # files that are written
+_MOST_BYTES = 1 << 29  # of text held between checkpoints
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -42,6 +46,42 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
     first: int
     last: int
     rows: int
+
+
+class _Unwritten(NamedTuple):
+    """Rows, and the files that they are for, in the order of their hours.
+
+    `order`: int64 `(rows,)`, theirs by hour; None where they came so. `ends`: how many rows are in the files up to
+    each.
+    """
+
+    rows: Rows
+    names: list[_File]
+    order: NDArray[np.int64] | None
+    ends: list[int]
+
+    @classmethod
+    def of(cls, rows: Rows, part: int, chunk: int) -> _Unwritten:
+        """Rows of a part, `chunk` files of which are written."""
+        hours, order = rows.hours(), None
+        if (hours[1:] < hours[:-1]).any():
+            order = np.argsort(hours, kind="stable")
+            hours = hours[order]
+        each, counts = np.unique(hours, return_counts=True)
+        dataset, last = rows.dataset, f"part-{part:010d}-{chunk:04d}.parquet"
+        files = [
+            _File(f"{_folder(dataset, hour)}{last}", dataset, hour, part, part, count)
+            for hour, count in zip(each.tolist(), counts.tolist(), strict=True)
+        ]
+        return cls(rows, files, order, np.cumsum(counts).tolist())
+
+    def tables(self) -> Iterator[tuple[_File, Any]]:
+        """The columns of each file."""
+        table = self.rows.table()
+        if self.order is not None:
+            table = table.take(self.order)
+        for file, end in zip(self.names, self.ends, strict=True):
+            yield file, table.slice(end - file.rows, file.rows)
 
 
 class _Manifest(msgspec.Struct):
@@ -82,112 +122,100 @@ class Archive:
         self.most = most
         self._fs, root = url_to_fs(self.uri)
         self._root = str(root).rstrip("/")
-        self._waiting: list[Any] = []  # events that are no columns yet, with their numbers
-        self._labels: list[tuple[Any, ...]] = []
-        self._dead: list[tuple[Any, ...]] = []
-        self._tables: list[tuple[str, Any]] = []  # dataset and columns
-        self._held = 0
-        self._counted = dict.fromkeys(DATASETS, 0)  # rows of each so far
         self._part = 0  # cut so far
         self._spilled: list[_File] = []
-        self._names: dict[int, str] = {}  # ids of open impressions, by slot
+        self._names = np.empty(512, dtype=object)  # ids of open impressions, by slot
         self._cuts: dict[int, list[_File]] = {}  # cut, and not known to be in the manifest
-        self._unwritten: list[tuple[_File, Any]] = []
+        self._unwritten: list[_Unwritten] = []
         self._begun = False
+        self._hold_none(dict.fromkeys(DATASETS, 0))
+
+    def _hold_none(self, counted: Mapping[str, int]) -> None:
+        """Begin to take rows, after so many of each dataset."""
+        self._counted = dict(counted)
+        self._rows: dict[str, Any] = {name: of_dataset(name, count + 1) for name, count in counted.items()}
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
 
     def add(self, events: Sequence[Event]) -> None:
         """Take accepted events, in order. A labeled example is archived as its impression, and its label."""
-        for event in events:
-            self._counted["events"] += 1
-            if isinstance(event, Labeled):
-                shown = event.impression
-                self._waiting.append((self._counted["events"], shown))
-                self._label(shown.id, shown.time, event.kind, event.label, event.weight, shown.score, False)
-            else:
-                self._waiting.append((self._counted["events"], event))
-        if len(self._waiting) >= _AT_ONCE:
-            self._flush()
+        if not events:
+            return
+        labeled = [event for event in events if isinstance(event, Labeled)]
+        plain: Any = events
+        if labeled:
+            plain = [event.impression if isinstance(event, Labeled) else event for event in events]
+            shown = [event.impression for event in labeled]
+            self._rows["labels"].add(
+                [one.id for one in shown],
+                np.array([one.time for one in shown], dtype=np.float64),
+                [event.kind for event in labeled],
+                np.array([event.label for event in labeled], dtype=np.float32),
+                np.array([event.weight for event in labeled], dtype=np.float32),
+                np.array([one.score for one in shown], dtype=np.float32),  # None is nan
+                np.zeros(len(labeled), dtype=np.bool_),
+            )
+        self._rows["events"].add(plain)
+        self._spill()
 
     def hold(self, slots: NDArray[np.int64], shown: Sequence[Impression]) -> None:
         """These impressions wait for their labels under these numbers."""
-        self._names.update(zip(slots.tolist(), [one.id for one in shown], strict=True))
+        if len(slots) and slots.max() >= len(self._names):
+            larger = np.empty(2 * int(slots.max()), dtype=object)
+            larger[: len(self._names)] = self._names
+            self._names = larger
+        self._names[slots] = np.fromiter([one.id for one in shown], dtype=object, count=len(shown))
 
     def label(self, closed: NDArray[Any], kinds: Sequence[str], served: NDArray[np.float32], freed: Any) -> None:
         """Take labels as `LabelJoin.steps` gives them; `served`: the scores by slot; `freed`: slots that wait no
         more."""
         given = closed[(closed["kind"] >= 0) & (closed["what"] != 1)]
-        rows = zip(
-            *(given[name].tolist() for name in ("payload", "time", "kind", "label", "weight", "what")),
-            served[given["payload"]].tolist(),
-            strict=True,
-        )
-        for slot, time, kind, label, weight, what, score in rows:
-            self._label(self._names.get(slot), time, kinds[kind], label, weight, score, what == 2)
+        if len(given):
+            slots = given["payload"]
+            one = len(kinds) == 1
+            self._rows["labels"].add(
+                self._names[slots].tolist(),
+                given["time"].copy(),
+                [*kinds] * len(given) if one else [kinds[code] for code in given["kind"].tolist()],
+                given["label"].copy(),
+                given["weight"].copy(),
+                served[slots],
+                given["what"] == 2,
+            )
+            self._spill()
         self.release(freed)
 
     def bury(self, letter: DeadLetter) -> None:
         """Take a dead letter."""
-        self._counted["dead"] += 1
-        position = msgspec.json.encode(letter.position).decode()
-        reason = letter.reason.encode("utf-8", "replace").decode()
-        if not self.raw:
-            reason = reason.partition(":")[0]
-        self._dead.append((position, reason, letter.raw if self.raw else b"", self._counted["dead"]))
-        if len(self._dead) >= _AT_ONCE:
-            self._flush()
+        self._rows["dead"].add(letter, self.raw)
+        self._spill()
 
     def release(self, slots: NDArray[np.int64]) -> None:
         """These wait no more."""
-        for slot in slots.tolist():
-            self._names.pop(slot, None)
+        self._names[slots] = None
 
-    def _label(self, *row: Any) -> None:
-        self._counted["labels"] += 1
-        self._labels.append((*row, self._counted["labels"]))
-        if len(self._labels) >= _AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Make columns of what was taken, and write them where they are too many to be held."""
-        for dataset, rows in zip(DATASETS, (self._waiting, self._labels, self._dead), strict=True):
-            if rows:
-                self._tables.append((dataset, rows_of(dataset, rows)))
-                self._held += len(rows)
-                rows.clear()
-        if self._held >= self.most:
+    def _spill(self) -> None:
+        """Write what was taken, where it is too much to be held."""
+        rows = self._rows.values()
+        if sum(map(len, rows)) >= self.most or sum(one.size for one in rows) >= _MOST_BYTES:
             if not self._begun:
                 self.begin()
-            for file, table in self._take(self._part + 1):
-                self._put(file.name, table)
-                self._spilled.append(file)
+            for unwritten in self._take(self._part + 1):
+                self._spilled += unwritten.names
+                self._write(unwritten)
 
-    def _take(self, part: int) -> list[tuple[_File, Any]]:
-        """The files of what is held, with their columns."""
-        pa = arrow()
-        held: dict[tuple[str, int], list[Any]] = defaultdict(list)
-        for dataset, table in self._tables:
-            hours = hour_of(dataset, table)
-            for hour in np.unique(hours).tolist():
-                mine = hours == hour
-                held[dataset, hour].append(table if mine.all() else table.filter(pa.array(mine)))
-        self._tables, self._held = [], 0
-        chunk = len(self._spilled)
-        files = []
-        for (dataset, hour), tables in sorted(held.items()):
-            table = pa.concat_tables(tables)
-            name = f"{_folder(dataset, hour)}part-{part:010d}-{chunk:04d}.parquet"
-            files.append((_File(name, dataset, hour, part, part, table.num_rows), table))
-        return files
+    def _take(self, part: int) -> list[_Unwritten]:
+        """What is held, as files of a part."""
+        taken = [one for one in self._rows.values() if len(one)]
+        self._hold_none({name: self._counted[name] + len(rows) for name, rows in self._rows.items()})
+        return [_Unwritten.of(rows, part, len(self._spilled)) for rows in taken]
 
     def cut(self) -> int:
         """End a part, and return its number. Nothing may be under way of `write` and `commit`."""
-        self._flush()
         self._part += 1
-        files = self._take(self._part)
-        self._cuts[self._part] = [*self._spilled, *(file for file, _ in files)]
-        self._unwritten += files
+        taken = self._take(self._part)
+        self._cuts[self._part] = [*self._spilled, *(file for one in taken for file in one.names)]
+        self._unwritten += taken
         self._spilled = []
         return self._part
 
@@ -197,7 +225,7 @@ class Archive:
         if not self._begun:
             self.begin()
         while self._unwritten:
-            self._put(self._unwritten[0][0].name, self._unwritten[0][1])
+            self._write(self._unwritten[0])
             del self._unwritten[0]
 
     def commit(self, part: int, needed: int) -> None:
@@ -214,11 +242,25 @@ class Archive:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def _write(self, unwritten: _Unwritten) -> None:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:  # a disk or a bucket makes each wait, and not for the others
+            done = [threads.submit(self._put, file.name, table) for file, table in unwritten.tables()]
+        for one in done:
+            one.result()
+
     def _put(self, name: str, table: Any) -> None:
         from pyarrow import parquet
 
         buffer = io.BytesIO()
-        parquet.write_table(table, buffer, compression="zstd", compression_level=1)
+        repeating = [name for name in table.column_names if name in _REPEATING]
+        parquet.write_table(
+            table,
+            buffer,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=repeating,  # of strings that do not repeat one is made for nothing
+            write_statistics=[name for name in table.column_names if name in _ORDERED],
+        )
         self._put_bytes(name, buffer.getbuffer())
 
     def _put_bytes(self, name: str, content: memoryview | bytes) -> None:
@@ -354,12 +396,13 @@ class Archive:
     def state_dict(self) -> State:
         """The number of the last part that was cut, its files that may not be named yet, and the ids that wait."""
         files = [file for number in sorted(self._cuts) for file in self._cuts[number]]
+        slots = np.flatnonzero(self._names != None)  # noqa: E711  of each of them
         return {
             "part": self._part,
-            "counted": dict(self._counted),
+            "counted": {name: self._counted[name] + len(rows) for name, rows in self._rows.items()},
             "files": msgspec.json.encode(files).decode(),
-            "slots": np.array([*self._names], dtype=np.int64),
-            "names": [*self._names.values()],
+            "slots": slots,
+            "names": self._names[slots].tolist(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -384,9 +427,11 @@ class Archive:
         named = {one.name for one in manifest.files}
         there = [str(path)[len(self._root) + 1 :] for path in self._fs.find(self._root)]
         self._remove([name for name in there if name.endswith((".parquet", ".tmp")) and name not in named])
-        self._part, self._counted = part, {name: int(state["counted"][name]) for name in DATASETS}
-        self._names = dict(zip(np.asarray(state["slots"]).tolist(), state["names"], strict=True))
-        self._waiting, self._labels, self._dead, self._tables, self._held = [], [], [], [], 0
+        self._part = part
+        self._hold_none({name: int(state["counted"][name]) for name in DATASETS})
+        slots = np.asarray(state["slots"])
+        self._names = np.empty(max(512, 2 * int(slots.max(initial=0))), dtype=object)
+        self._names[slots] = state["names"]
         self._spilled, self._cuts, self._unwritten = [], {}, []
         self._begun = True
 

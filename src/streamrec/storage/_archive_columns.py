@@ -1,0 +1,382 @@
+"""What an archive has taken and not written: strings one behind the other, numbers in arrays, and columns of them.
+
+Events are taken apart when they come, while they are in the processor's cache, and not kept: a thousand kept events
+make the stream decode the next into fresh memory. What is left is bytes, from which a thread makes Arrow columns
+without Python's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import compress
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrec.errors import ConfigError
+from streamrec.events import DeadLetter, Event, Feedback, Impression
+
+__all__ = ["DATASETS", "DeadRows", "EventRows", "LabelRows", "Rows", "arrow", "of_dataset"]
+
+_DEEPEST = 32  # features nested deeper are cut off there
+
+
+def arrow() -> Any:
+    """pyarrow. Raises `ConfigError`, saying what to type, where it is not there."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError('an archive needs pyarrow: pip install "streamrec[dask]"') from error
+    return pyarrow
+
+
+@cache
+def _schema(dataset: str) -> Any:
+    pa = arrow()
+    text, real, whole = pa.string(), pa.float64(), pa.int64()
+    columns = {
+        "events": [
+            *(("type", text), ("id", text), ("time", real), ("user", text), ("item", text), ("features", text)),
+            *(("score", real), ("impression_id", text), ("kind", text), ("value", real), ("number", whole)),
+        ],
+        "labels": [
+            *(("impression_id", text), ("time", real), ("kind", text), ("label", pa.float32())),
+            *(("weight", pa.float32()), ("score", pa.float32()), ("corrects", pa.bool_()), ("number", whole)),
+        ],
+        "dead": [("position", text), ("reason", text), ("raw", pa.binary()), ("number", whole)],
+    }
+    return pa.schema(columns[dataset])
+
+
+class Rows(Protocol):
+    """Rows of one dataset, numbered on from `first`."""
+
+    dataset: str
+    size: int
+    """Bytes of text in them, about."""
+
+    def __len__(self) -> int: ...
+
+    def hours(self) -> NDArray[np.int64]:
+        """int64 `(rows,)`: the hours since 1970 of their event time; dead letters have none, 0."""
+        ...
+
+    def table(self) -> Any:
+        """Their columns."""
+        ...
+
+
+class Strings:
+    """A column of strings."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []  # of each, strings with a zero between two
+        self._odd: list[list[Any]] | None = None  # all of them, once one has a zero in it, or is None
+
+    def add(self, strings: list[Any]) -> None:
+        """Take these, behind those before."""
+        if not strings:
+            return
+        if self._odd is None:
+            with suppress(TypeError):  # there is a None
+                part = "\0".join(strings)
+                if part.count("\0") == len(strings) - 1:
+                    self._parts.append(part)
+                    return
+            self._odd = [part.split("\0") for part in self._parts]
+            self._parts = []
+        self._odd.append(strings)
+
+    def column(self, there: NDArray[np.bool_] | None = None) -> Any:
+        """An Arrow column; with `there`, only these of its rows are strings."""
+        if self._odd is None:
+            whole = "\0".join(self._parts).encode("utf-8", "replace")
+            return _between(whole + b"\0" if self._parts else whole, 0, there)
+        values = [None if one is None else _sound(one) for part in self._odd for one in part]
+        if there is not None:
+            given = iter(values)
+            values = [next(given) if one else None for one in there.tolist()]
+        return arrow().array(values, arrow().string())
+
+
+def _between(data: bytes, mark: int, there: NDArray[np.bool_] | None) -> Any:
+    """An Arrow column of the strings that each end at a byte `mark`, which stands nowhere else."""
+    pa = arrow()
+    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == mark)
+    ends -= np.arange(len(ends))  # without the marks
+    held = pa.py_buffer(data.translate(None, bytes([mark])))
+    if there is None:
+        offsets = np.concatenate([[0], ends])
+        return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), held)
+    # a row without a string ends where the one before it did
+    offsets = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(there)])]
+    valid = pa.py_buffer(np.packbits(there, bitorder="little"))
+    return pa.LargeStringArray.from_buffers(len(there), pa.py_buffer(offsets), held, valid)
+
+
+class Words:
+    """A column of strings of which there are few."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+        self._parts: list[NDArray[np.int32]] = []
+
+    def add(self, words: list[str]) -> None:
+        """Take these, behind those before."""
+        codes = self._codes
+        for word in {*words} - codes.keys():
+            codes[word] = len(codes)
+        if words.count(words[0]) == len(words):
+            self._parts.append(np.full(len(words), codes[words[0]], dtype=np.int32))
+        else:
+            self._parts.append(np.array([codes[word] for word in words], dtype=np.int32))
+
+    def column(self, there: NDArray[np.bool_] | None = None) -> Any:
+        """An Arrow column; with `there`, only these of its rows are strings."""
+        pa = arrow()
+        codes = np.concatenate([np.empty(0, dtype=np.int32), *self._parts])
+        if there is not None:
+            codes = _spread(codes, there, 0)
+        mask = None if there is None else ~there
+        found = pa.DictionaryArray.from_arrays(pa.array(codes, mask=mask), [_sound(word) for word in self._codes])
+        return found.cast(pa.string())
+
+
+class Reals:
+    """A column of numbers, many of which there are not."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.float64]] = []
+
+    def add(self, numbers: list[float | None]) -> None:
+        """Take these, behind those before."""
+        if numbers.count(None) == len(numbers):  # numpy makes nan of None, but takes its time for it
+            self._parts.append(np.full(len(numbers), np.nan))
+        else:
+            self._parts.append(np.array(numbers, dtype=np.float64))
+
+    def column(self, there: NDArray[np.bool_]) -> Any:
+        """An Arrow column of which only these rows are numbers, and not all of them: nan is none."""
+        return arrow().array(_spread(np.concatenate([np.empty(0), *self._parts]), there, np.nan), from_pandas=True)
+
+
+def _spread(values: NDArray[Any], there: NDArray[np.bool_], otherwise: Any) -> NDArray[Any]:
+    spread = np.full(len(there), otherwise, dtype=values.dtype)
+    spread[there] = values
+    return spread
+
+
+class EventRows:
+    """Impressions and feedback."""
+
+    dataset = "events"
+
+    def __init__(self, first: int) -> None:
+        self.size = 0
+        self._first = first
+        self._shown = bytearray()  # of each, whether it is an impression
+        self._times: list[NDArray[np.float64]] = []
+        self._ids, self._users, self._items, self._impressions = Strings(), Strings(), Strings(), Strings()
+        self._kinds = Words()
+        self._features: list[bytes] = []
+        self._scores, self._values = Reals(), Reals()
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    def add(self, events: Sequence[Impression | Feedback]) -> None:
+        """Take these, in order."""
+        types = [*map(type, events)]
+        if types.count(Impression) + types.count(Feedback) < len(types):  # kinds of them have anything else beside
+            events = [_plain_event(event) for event in events]
+            types = [*map(type, events)]
+        is_shown = [kind is Impression for kind in types]
+        self._shown += bytes(is_shown)
+        self._times.append(np.array([event.time for event in events], dtype=np.float64))
+        self._ids.add([event.id for event in events])
+        shown: Any = [*compress(events, is_shown)]
+        if shown:
+            self._users.add([event.user for event in shown])
+            self._items.add([event.item for event in shown])
+            self._scores.add([event.score for event in shown])
+            features = _json_lines([event.features for event in shown])
+            self._features.append(features)
+            self.size += len(features)
+        if len(shown) < len(types):
+            told: Any = [event for event in events if type(event) is Feedback]
+            self._impressions.add([event.impression_id for event in told])
+            self._kinds.add([event.kind for event in told])
+            self._values.add([event.value for event in told])
+
+    def hours(self) -> NDArray[np.int64]:
+        return _hours(self._times)
+
+    def table(self) -> Any:
+        pa = arrow()
+        shown = np.frombuffer(self._shown, dtype=np.bool_)
+        told = ~shown
+        types = pa.DictionaryArray.from_arrays(told.astype(np.int32), ["impression", "feedback"])
+        columns = {
+            "type": types,
+            "id": self._ids.column(),
+            "time": np.concatenate(self._times),
+            "user": self._users.column(shown),
+            "item": self._items.column(shown),
+            "features": _between(b"".join(self._features), ord("\n"), shown),
+            "score": self._scores.column(shown),
+            "impression_id": self._impressions.column(told),
+            "kind": self._kinds.column(told),
+            "value": self._values.column(told),
+            "number": np.arange(self._first, self._first + len(self)),
+        }
+        return pa.table(columns).cast(_schema(self.dataset))
+
+
+class LabelRows:
+    """Labels."""
+
+    dataset = "labels"
+
+    def __init__(self, first: int) -> None:
+        self.size = 0
+        self._first = first
+        self._count = 0
+        self._times: list[NDArray[np.float64]] = []
+        self._ids, self._kinds = Strings(), Words()
+        self._numbers: list[tuple[NDArray[Any], ...]] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(
+        self,
+        ids: list[str | None],
+        times: NDArray[np.float64],
+        kinds: list[str],
+        labels: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        scores: NDArray[Any],
+        corrects: NDArray[np.bool_],
+    ) -> None:
+        """Take these, in order; None for an impression that is not known, nan for no score."""
+        self._count += len(ids)
+        self._ids.add(ids)
+        self._kinds.add(kinds)
+        self._times.append(times)
+        self._numbers.append((labels, weights, scores, corrects))
+
+    def hours(self) -> NDArray[np.int64]:
+        return _hours(self._times)
+
+    def table(self) -> Any:
+        labels, weights, scores, corrects = map(np.concatenate, zip(*self._numbers, strict=True))
+        columns = {
+            "impression_id": self._ids.column(),
+            "time": np.concatenate(self._times),
+            "kind": self._kinds.column(),
+            "label": labels,
+            "weight": weights,
+            "score": arrow().array(scores, from_pandas=True),
+            "corrects": corrects,
+            "number": np.arange(self._first, self._first + self._count),
+        }
+        return arrow().table(columns).cast(_schema(self.dataset))
+
+
+class DeadRows:
+    """Dead letters."""
+
+    dataset = "dead"
+
+    def __init__(self, first: int) -> None:
+        self.size = 0
+        self._first = first
+        self._letters: list[tuple[str, str, bytes]] = []
+
+    def __len__(self) -> int:
+        return len(self._letters)
+
+    def add(self, letter: DeadLetter, raw: bool) -> None:
+        """Take one; without `raw`, without what quotes what came."""
+        position = msgspec.json.encode(letter.position).decode()
+        reason = _sound(letter.reason)
+        self._letters.append((position, reason, letter.raw) if raw else (position, reason.partition(":")[0], b""))
+        self.size += sum(map(len, self._letters[-1]))
+
+    def hours(self) -> NDArray[np.int64]:
+        return np.zeros(len(self), dtype=np.int64)
+
+    def table(self) -> Any:
+        positions, reasons, raws = map(list, zip(*self._letters, strict=True))
+        numbers = np.arange(self._first, self._first + len(self))
+        columns = {"position": positions, "reason": reasons, "raw": raws, "number": numbers}
+        return arrow().table(columns, schema=_schema(self.dataset))
+
+
+_KINDS = {kind.dataset: kind for kind in (EventRows, LabelRows, DeadRows)}
+DATASETS = tuple(_KINDS)
+
+
+def of_dataset(dataset: str, first: int) -> Any:
+    """No rows of a dataset yet; the first will have this number."""
+    return _KINDS[dataset](first)
+
+
+def _hours(times: list[NDArray[np.float64]]) -> NDArray[np.int64]:
+    return (np.concatenate([np.empty(0), *times]) // 3600).astype(np.int64)
+
+
+def _plain_event(event: Event) -> Impression | Feedback:
+    if isinstance(event, Impression):
+        return Impression(event.id, event.time, event.user, event.item, event.features, event.score)
+    told: Any = event
+    return Feedback(told.id, told.impression_id, told.time, told.kind, told.value)
+
+
+# -- features, whatever is in them -------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has in the place of a value that it has not."""
+    if isinstance(value, (np.generic, np.ndarray)):  # straight from a computation
+        return value.tolist()
+    return dict(value) if isinstance(value, Mapping) else _sound(repr(value))
+
+
+_encode_lines = msgspec.json.Encoder(enc_hook=_plain).encode_lines
+
+
+def _json_lines(features: list[Any]) -> bytes:
+    try:
+        return _encode_lines(features)
+    except Exception:  # broad on purpose: the values are the user's, and an archive may not stop the stream
+        return _encode_lines([_cleaned(one) for one in features])
+
+
+def _cleaned(value: Any, depth: int = 0) -> Any:
+    """A value as something that JSON can hold: half surrogates replaced, what it has not as its `repr`."""
+    if value is None or type(value) in (bool, float):
+        return value
+    if isinstance(value, str):
+        return _sound(value)
+    if type(value) is int and -(2**63) <= value < 2**64:
+        return value
+    if depth < _DEEPEST:
+        if isinstance(value, Mapping):
+            return {_sound(str(name)): _cleaned(each, depth + 1) for name, each in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset, np.ndarray, np.generic)):
+            told = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+            return [_cleaned(each, depth + 1) for each in told] if np.iterable(told) else told
+    try:
+        return _sound(repr(value))[:200]
+    except Exception:  # broad on purpose, as above: not even that
+        return f"a {type(value).__name__}"
+
+
+def _sound(text: str) -> str:
+    """A string without half surrogates, which no file may hold."""
+    return text.encode("utf-8", "replace").decode()
