@@ -54,6 +54,16 @@ def test_asgi() -> None:
     assert told[-1].endswith("[202, 503, 503] {'accepted': 30, 'dropped': 0, 'refused': 60}")
 
 
+def test_ranking_service() -> None:
+    pytest.importorskip("uvicorn")
+    assert run("ranking_service.py").splitlines() == [
+        "before the first version: 503 200",
+        "200: version 1 says kahlo",
+        "200: version 2 says klee",
+        "ready: 200 no user: 400",
+    ]
+
+
 def test_archive() -> None:
     pytest.importorskip("distributed")
     told = run("archive.py")

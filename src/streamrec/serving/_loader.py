@@ -60,11 +60,12 @@ class Serving(NamedTuple):
 
 
 class _Spare(NamedTuple):
-    """The model that was served before, one step behind."""
+    """The model that was served before: what was `missed` makes it version `number`."""
 
     model: Any
     readers: weakref.ref[Readers]
     missed: Sequence[State]
+    number: int
 
 
 class Loader:
@@ -108,24 +109,25 @@ class Loader:
         warm(model, serving.encoder, sides)
         return serving
 
-    def after(self, before: Serving) -> Serving | None:
-        """The newest version, without a catalogue; `before` is what is served now."""
+    def after(self, before: Serving, number: int | None = None) -> Serving | None:
+        """A version, the newest if None, without a catalogue; `before` is what is served now."""
         spare, self._spare = self._spare, None
-        found = self._shelf.changes_since(before.version.number) if hasattr(before.model, "load_changes") else None
+        held = before.version.number
+        found = self._shelf.changes_since(held, number) if hasattr(before.model, "load_changes") else None
         if found is None:
-            return self.whole()
+            return self.whole(number)
         version, states = found
         changes = [state["model"] for state in states]
         serving: Serving | None
-        if spare is not None and spare.readers() is None:
+        if spare is not None and spare.number == held and spare.readers() is None:
             for missed in (*spare.missed, *changes):
                 spare.model.load_changes(missed)
             serving = before._replace(version=version, model=spare.model, readers=Readers(), catalogue=None)
             serving = serving._replace(stages=_stages(version, states[-1]))
         else:
-            serving = self.whole()
+            serving = self.whole(number)
         if serving is not None and serving.version.number == version.number:
-            self._spare = _Spare(before.model, weakref.ref(before.readers), changes)
+            self._spare = _Spare(before.model, weakref.ref(before.readers), changes, version.number)
         return serving
 
 

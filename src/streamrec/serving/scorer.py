@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import os
 import threading
+import time as _time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import Impression
-from streamrec.models import FM, ranking
 from streamrec.preprocessors.encode import Problem
 from streamrec.protocols import Model
-from streamrec.serving._catalogue import BLOCK, Catalogue, with_parts
-from streamrec.serving._loader import Loader, Serving
-from streamrec.serving.candidates import Candidate, Ranked, Shortlist, candidate_of, item_of, paired
+from streamrec.serving._catalogue import Catalogue, with_parts
+from streamrec.serving._loader import Loader
+from streamrec.serving.candidates import Candidate, Ranked, Shortlist
+from streamrec.serving.view import View
 from streamrec.storage import Store, Version
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "Status"]
+
+
+class Status(NamedTuple):
+    """What a service tells of its scorer. Seconds of waiting are of a clock that never jumps; those of `age` are not.
+
+    `version`: the number that is served, and `age`: seconds since it was published, by the store's clock, 0 at least.
+    `looked`: seconds since the store last answered. `failed`: refreshes that failed since then, and `error`: what the
+    last one failed of, None where none did.
+    """
+
+    version: int
+    age: float
+    looked: float
+    failed: int
+    error: str | None
 
 
 class Scorer:
     """Scores and ranks with the newest version in a store; `refresh` swaps a newer one in between two requests.
 
-    Where `store.served` was told to serve another version, by a rollback, say, it is that one.
+    Where `store.served` was told to serve another version, by a rollback, say, it is that one. A `Follower` calls
+    `refresh` on a thread of its own.
 
     `model`: makes an empty model to load a version into. Only needed for a model of your own; an FM is built from what
     was published with it. Safe to call from several threads. Raises `StoreError` where nothing is published yet.
@@ -62,6 +79,8 @@ class Scorer:
                 f"nothing is published in {self.store.uri}: run a trainer on it first, or call its publish()"
             )
         self._serving = serving
+        self._passed_over: Version | None = None  # the newest, where it was damaged: not read again and again
+        self._looked: tuple[float, int, str | None] = (_time.monotonic(), 0, None)  # replaced as a whole
 
     @property
     def version(self) -> Version:
@@ -88,37 +107,73 @@ class Scorer:
         second model, which is kept for that: a scorer that follows a trainer holds its model twice.
         """
         with self._refreshing:
-            pinned = self.store.served.pinned()
-            before = self._serving
-            newest = self.store.versions.latest() if pinned is None else None
-            number = pinned if newest is None else newest.number
-            if number is None or number == before.version.number:
-                return False
-            serving = self._loader.after(before) if pinned is None else self._loader.whole(pinned)
-            if serving is None or serving.version.number == before.version.number:
-                return False
-            if before.catalogue is not None:
-                # encoding knows no weights: by the same schema, the batch is the same
-                kept = before.catalogue.by_fm if before.model.schema == serving.model.schema else None
-                batch = None if kept is None else kept.batch
-                catalogue, _ = with_parts(before.catalogue, serving.model, serving.sides, batch)
-                serving = serving._replace(catalogue=catalogue)
-            self._serving = serving
-            return True
+            _, failed, _ = self._looked
+            try:
+                swapped = self._refresh()
+            except Exception as error:
+                self._looked = (self._looked[0], failed + 1, f"{type(error).__name__}: {error}")
+                raise
+            self._looked = (_time.monotonic(), 0, None)
+            return swapped
+
+    def _refresh(self) -> bool:
+        pinned = self.store.served.pinned()
+        before = self._serving
+        newest = self.store.versions.latest() if pinned is None else None
+        number = pinned if newest is None else newest.number
+        if number is None or number == before.version.number or (newest is not None and newest == self._passed_over):
+            return False
+        serving = self._loader.after(before, pinned)
+        self._passed_over = newest if serving is None or serving.version != newest else None
+        if serving is None or serving.version.number == before.version.number:
+            return False
+        if before.catalogue is not None:
+            # encoding knows no weights: by the same schema, the batch is the same
+            kept = before.catalogue.by_fm if before.model.schema == serving.model.schema else None
+            batch = None if kept is None else kept.batch
+            catalogue, _ = with_parts(before.catalogue, serving.model, serving.sides, batch)
+            serving = serving._replace(catalogue=catalogue)
+        self._serving = serving
+        return True
+
+    def status(self) -> Status:
+        """What is served and how fresh it is: for a service's readiness and its dashboards."""
+        looked, failed, error = self._looked
+        version = self.version
+        age = max(0.0, self.store.clock() - version.created)
+        return Status(version.number, age, _time.monotonic() - looked, failed, error)
+
+    def view(self) -> View:
+        """What is served now, for one request: all that it answers is by one version, and it says which."""
+        return View(self._serving, self._count)
 
     def score(self, impressions: Sequence[Impression]) -> NDArray[np.float32]:
-        """float32 `(n,)`: click probabilities. Unseen and missing values are fine.
+        """float32 `(n,)`: click probabilities; see `View.score`."""
+        return self.view().score(impressions)
 
-        What the trainer's preprocessors added to its impressions, such as a `History`, is added here as it was known
-        when the version was published; a feature that an impression brings already stays.
-        """
-        return self._score(self._serving, impressions)
+    def rank(
+        self,
+        *,
+        user: str,
+        candidates: Sequence[str | Candidate],
+        k: int | None = None,
+        features: Mapping[str, Any] | None = None,
+        time: float | None = None,
+    ) -> list[Ranked]:
+        """The `k` candidates (all: None) this user would most probably click, best first; see `View.rank`."""
+        return self.view().rank(user=user, candidates=candidates, k=k, features=features, time=time)
 
-    def _score(self, serving: Serving, impressions: Sequence[Impression]) -> NDArray[np.float32]:
-        batch, problems = serving.encoder(serving.described(impressions))
-        if problems:
-            self._count(problems)
-        return serving.model.predict(batch)
+    def retrieve(
+        self,
+        *,
+        user: str,
+        k: int | None,
+        features: Mapping[str, Any] | None = None,
+        exclude: Iterable[str] = (),
+        time: float | None = None,
+    ) -> list[Ranked]:
+        """The `k` items (all: None) of the catalogue this user would most probably click; see `View.retrieve`."""
+        return self.view().retrieve(user=user, k=k, features=features, exclude=exclude, time=time)
 
     def set_catalogue(self, candidates: Sequence[str | Candidate]) -> None:
         """The items there are, for `retrieve`, and for `rank` to know by their names; in place of those before.
@@ -160,167 +215,3 @@ class Scorer:
             stranger = next(item for item in items if item not in catalogue.places)
             raise ConfigError(f"{stranger!r} is not in the catalogue: leave it out, or set a catalogue that has it")
         return Shortlist(items, places, catalogue.mark)
-
-    def rank(
-        self,
-        *,
-        user: str,
-        candidates: Sequence[str | Candidate],
-        k: int | None = None,
-        features: Mapping[str, Any] | None = None,
-        time: float | None = None,
-    ) -> list[Ranked]:
-        """The `k` candidates (all: None) this user would most probably click, best first; ties in the order given.
-
-        `features`: those of the user and the moment, shared by all; a candidate's own come on top, also on top of those
-        the catalogue has for it. Names of the catalogue alone, without features of their own, are ranked by what is
-        kept of them; fastest as a `shortlist`. For an FM the order is by the logit, which tells apart what the float32
-        probability may not. `time`: now, in POSIX seconds, where the model or its preprocessors read it; then each
-        candidate is scored as an impression of its own, for what is known of it and the user together. Raises
-        `ConfigError` where it is needed and not given.
-        """
-        _check(k)
-        serving = self._serving
-        model, catalogue = serving.model, serving.catalogue
-        shared = {} if features is None else features
-        now = _now(serving, time)
-        if not isinstance(model, FM) or serving.apart:
-            scores = self._score(serving, [_impression(catalogue, user, one, shared, now) for one in candidates])
-            order = np.argsort(-scores, kind="stable")[:k]
-            return paired((item_of(candidates[place]) for place in order.tolist()), scores[order])
-        if catalogue is not None and catalogue.by_fm is not None:
-            places = catalogue.find(candidates)
-            if places is not None:
-                part = self._shared(serving, catalogue.names, user, shared, len(candidates), now)
-                order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
-                names: Any = candidates.items if isinstance(candidates, Shortlist) else candidates
-                return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
-        order, logits = ranking.in_order(self._logits(serving, model, user, candidates, shared, now), k)
-        return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
-
-    def _shared(
-        self, serving: Serving, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int, now: float
-    ) -> NDArray[np.float32]:
-        """float32 `(dim + 1,)`: the part of the fields that are not the items' own."""
-        batch, problems = serving.sides(names).shared.one(
-            Impression(id="", time=now, user=user, item="", features=shared)
-        )
-        if problems:
-            self._count(problems, times)
-        part: NDArray[np.float32] = serving.model.parts(batch)[0]  # type: ignore[attr-defined]
-        return part
-
-    def _logits(
-        self,
-        serving: Serving,
-        model: FM,
-        user: str,
-        candidates: Sequence[str | Candidate],
-        shared: Mapping[str, Any],
-        now: float,
-    ) -> NDArray[np.float32]:
-        """float32 `(n,)`: of candidates of which some bring what is not kept."""
-        catalogue = serving.catalogue
-        brought = set[str]().union(*[one.features for one in candidates if not isinstance(one, str)])
-        known = catalogue.names if catalogue is not None else frozenset[str]()
-        names = known | brought.intersection(model.schema.names)
-        # where a candidate brings a field that the catalogue has not, the kept parts lack it: then none is used
-        kept = catalogue.by_fm if catalogue is not None and names == known else None
-        places = np.full(len(candidates), -1, dtype=np.int64)
-        if catalogue is not None and kept is not None:
-            get = catalogue.places.get
-            for place, one in enumerate(candidates):
-                if isinstance(one, str) or not one.features:
-                    places[place] = get(item_of(one), -1)
-        strangers = np.flatnonzero(places < 0)
-        if catalogue is None and names.isdisjoint(
-            shared
-        ):  # what is the items' own is in the candidates, and only there
-            whole = map(candidate_of, candidates)
-            shown = [Impression("", 0.0, user, one.item, one.features) for one in whole]
-        else:
-            shown = [_impression(catalogue, user, candidates[place], shared) for place in strangers.tolist()]
-        batch, problems = serving.sides(names).own(shown)
-        if problems:
-            self._count(problems)
-        parts = model.parts(batch)
-        part = self._shared(serving, names, user, shared, len(candidates), now)
-        if kept is None:
-            return ranking.logits(model, part, parts, np.arange(len(parts)))
-        found = np.empty(len(candidates), dtype=np.float32)
-        found[strangers] = ranking.logits(model, part, parts, np.arange(len(parts)))
-        rest = np.flatnonzero(places >= 0)
-        found[rest] = ranking.logits(model, part, kept.parts, places[rest])
-        return found
-
-    def retrieve(
-        self,
-        *,
-        user: str,
-        k: int | None,
-        features: Mapping[str, Any] | None = None,
-        exclude: Iterable[str] = (),
-        time: float | None = None,
-    ) -> list[Ranked]:
-        """The `k` items (all: None) of the catalogue this user would most probably click, best first; exact.
-
-        `features`: those of the user and the moment. `exclude`: items to leave out; what is not in the catalogue is
-        no matter. Ties in the order of the catalogue. One pass over it, in the memory of `k` items, for an FM; any
-        other model, and one whose preprocessors add features, scores it all. `time`: as in `rank`. Raises `ConfigError`
-        where there is no catalogue.
-        """
-        _check(k)
-        serving = self._serving
-        catalogue = serving.catalogue
-        if catalogue is None:
-            raise ConfigError("there is no catalogue to retrieve from: call set_catalogue(candidates) first")
-        if isinstance(exclude, str):
-            raise ConfigError(f"exclude takes several items, got the one text {exclude!r}; pass [{exclude!r}]")
-        skipped = catalogue.skipped(exclude)
-        most = len(catalogue.items) - len(skipped)
-        k = most if k is None else min(k, most)
-        shared = {} if features is None else features
-        now = _now(serving, time)
-        if catalogue.by_fm is None or not isinstance(serving.model, FM) or serving.apart:
-            scores = self._score_catalogue(serving, catalogue, user, shared, now)
-            places = np.delete(np.arange(len(scores)), skipped)
-            places = places[np.argsort(-scores[places], kind="stable")[:k]]
-            return paired(map(catalogue.items.__getitem__, places.tolist()), scores[places])
-        part = self._shared(serving, catalogue.names, user, shared, 1, now)
-        _, parts, codes = catalogue.by_fm
-        places, logits = ranking.top(serving.model, part, parts, k, skipped, codes)
-        return paired(map(catalogue.items.__getitem__, places.tolist()), ranking.probabilities(logits))
-
-    def _score_catalogue(
-        self, serving: Serving, catalogue: Catalogue, user: str, shared: Mapping[str, Any], now: float
-    ) -> NDArray[np.float32]:
-        scores = [np.empty(0, dtype=np.float32)]
-        for begin in range(0, len(catalogue.items), BLOCK):
-            some = catalogue.items[begin : begin + BLOCK]
-            scores.append(self._score(serving, [_impression(catalogue, user, one, shared, now) for one in some]))
-        return np.concatenate(scores)
-
-
-def _check(k: int | None) -> None:
-    if k is not None and k < 0:
-        raise ConfigError(f"k must be >= 0, got {k!r}")
-
-
-def _now(serving: Serving, time: float | None) -> float:
-    if time is None and (serving.stages or serving.model.schema.timed):
-        names = ", ".join([*(type(stage).__name__ for stage in serving.stages), *serving.model.schema.timed])
-        raise ConfigError(f"the values of {names} depend on the time: pass time=, now in POSIX seconds")
-    return 0.0 if time is None else float(time)
-
-
-def _impression(
-    catalogue: Catalogue | None, user: str, one: str | Candidate, shared: Mapping[str, Any], now: float = 0.0
-) -> Impression:
-    """What `score` would be given: shared features, on top those of the catalogue, on top the candidate's own."""
-    candidate = candidate_of(one)
-    listed = None if catalogue is None else catalogue.candidate(candidate.item)
-    if catalogue is not None and listed is not None:
-        shared = {name: value for name, value in shared.items() if name not in catalogue.names}
-        shared = {**shared, **listed.features}
-    features = {**shared, **candidate.features} if candidate.features else shared
-    return Impression(id="", time=now, user=user, item=candidate.item, features=features)

@@ -176,24 +176,29 @@ class Shelf:
         for is damaged, and `StoreError` if it is not there or if none is good. Arrays and tensors are the caller's
         own, to write to; those of one version share one allocation.
         """
+        return self._asked(self._load, number)
+
+    def _asked(self, load: Callable[[int], T], number: int | None) -> T | None:
+        """A version as `load` gives it; the newest good one if no number is given."""
         if number is None:
-            return self._newest(self._load)
+            return self._newest(load)
         for _ in range(_TRIES):
             if number not in self._numbers():
                 break
             with suppress(_Removed):
-                return self._load(number)
+                return load(number)
         there = ", ".join(map(str, self._numbers())) or "none"
         raise StoreError(f"{self.uri} has no version {number}; it has {there}")
 
-    def changes_since(self, number: int) -> tuple[Version, Sequence[State]] | None:
-        """The newest good version as changes of version `number`, oldest first; None where it is not made of it.
+    def changes_since(self, number: int, to: int | None = None) -> tuple[Version, Sequence[State]] | None:
+        """The newest good version, or version `to`, as changes of version `number`, oldest first; None where it is not
+        made of it.
 
         For a reader who holds that version: the states hold `Changed` leaves against the one before, and are a small
         part of what `read` reads. None where `read` is needed: the newest is whole, or the changes of another version,
         or `number` itself, and so none. Warns and raises as `read` does.
         """
-        found = self._newest(lambda newest: self._load_since(newest, number))
+        found = self._asked(lambda newest: self._load_since(newest, number), to)
         return None if found is None or not found[1] else found
 
     def list(self) -> Sequence[Version]:
@@ -228,7 +233,7 @@ class Shelf:
                     except DamagedError as error:
                         damaged.append(error)
                     else:
-                        _warn(damaged, f"version {number} is used instead", stacklevel=4)
+                        _warn(damaged, f"version {number} is used instead", stacklevel=5)
                         return found
             except _Removed:
                 continue  # by the writer, who keeps so many and no more: there are newer ones

@@ -40,6 +40,7 @@ class Store:
     def __init__(self, uri: str | os.PathLike[str], *, keep: int = 3, clock: Callable[[], float] = time.time) -> None:
         self.uri = os.fspath(uri)
         self.keep = keep
+        self.clock = clock
         if not self.uri:
             raise ConfigError("uri must name a folder, got ''")
         if not isinstance(keep, int) or keep < 1:
