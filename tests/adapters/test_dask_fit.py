@@ -152,7 +152,10 @@ def test_a_killed_worker_changes_nothing(client: Any, tmp_path: Path, copies: in
     assert struck.history == calm.history
 
 
-def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(client: Any, tmp_path: Path) -> None:
+def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamrec.adapters.dask._copies.TRIES", 2)  # each loss takes a worker's start
     uri, store = written(tmp_path), str(tmp_path / "store")
 
     def deadly(progress: float) -> float:
@@ -161,7 +164,7 @@ def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(client: An
         return 1.0
 
     settings: dict[str, Any] = {"store": store, "checkpoint_seconds": 1e-3}
-    with pytest.raises(dask.ClusterError, match="workers were lost 4 times"):
+    with pytest.raises(dask.ClusterError, match="workers were lost 2 times"):
         dask.fit(client, make(**settings, schedule=deadly), uri, copies=2, apart=1000)
     with pytest.raises(sr.ConfigError, match="copies=2 there and None here"):
         make(**settings).run(sr.EncodedRows(uri))
@@ -206,6 +209,32 @@ def test_a_busy_cluster_is_a_clear_error(client: Any, tmp_path: Path) -> None:
     finally:
         flag.touch()
         distributed.wait(held)
+
+
+def test_ranks_stop_when_the_client_gives_up(client: Any, tmp_path: Path) -> None:
+    uri, steps = written(tmp_path, 100, 1), tmp_path / "steps"
+
+    def slow(progress: float) -> float:
+        if multiprocessing.parent_process() is not None:
+            with open(steps, "a") as file:
+                file.write(".")
+            if progress > 0.01:
+                time.sleep(8.0)
+        return 1.0
+
+    with pytest.raises(dask.ClusterError, match="nothing was heard of the ranks for 5 s"):
+        dask.fit(client, make(epochs=100, schedule=slow), uri, copies=1, timeout=5.0)
+    distributed.wait(  # each worker has one thread, which is free again long before the training would have ended
+        [client.submit(abs, 1, workers=[address], pure=False) for address in client.nthreads()], timeout=60
+    )
+    assert steps.stat().st_size < 50
+    assert set(client.run(open_stores).values()) == {0}
+
+
+def open_stores() -> int:
+    from streamrec.adapters.dask import _ranks
+
+    return len(_ranks._stores)
 
 
 def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path) -> None:

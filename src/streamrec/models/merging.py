@@ -148,8 +148,14 @@ class Copy:
         moved = self._moved(owners, origins) if model._expires else self._rows.array[:0]
         blocks = [np.ascontiguousarray(part["rows"]) for part in parts]
         trust = TRUST * (len(parts) - 1)
+        memory = (
+            model._table.array,
+            self._rows.array,
+            moved,
+            np.zeros((len(parts) + 4, self._rows.array.shape[1]), dtype=np.float32),
+        )
         _merge(
-            *(union, members, pointers_to(blocks), self._rows.array, origins, moved, owners, model._table.array),
+            *(union, members, pointers_to((*memory, *blocks)), origins, owners, self._rows.array.shape[1]),
             *(model.dim, self._linear_at, self._rules, model._numbers, trust, np.uint64(model.seed)),
             len(model._admit) > 0,
         )
@@ -197,9 +203,11 @@ class Copy:
         if any(moved):
             nothing, members = np.zeros(1, dtype=np.int64), np.array([moved], dtype=np.int32)
             was, now = before["bias"][None].copy(), np.zeros((1, len(before["bias"])), dtype=np.float32)
+            memory = now, was, was[:0], np.zeros((len(parts) + 4, now.shape[1]), dtype=np.float32)
             _merge(
-                *(nothing, members, pointers_to(blocks), was, nothing, was[:0], nothing, now),
-                *(0, 1, self._rules[[1, 1]], model._numbers, trust, np.uint64(0), False),
+                *(nothing, members, pointers_to((*memory, *blocks)), nothing, nothing, now.shape[1]),
+                *(0, 1, self._rules[[1, 1]], model._numbers, trust, np.uint64(0)),
+                False,
             )
             with torch.no_grad():
                 model.bias[0] = float(now[0, 0])
@@ -285,7 +293,8 @@ def _merge_span(
     """`size` parameters from `w` on, whose memory begins at `m`: what they are in `out`, were in `base` and became in
     `rows`. `scratch`: room for so many numbers, twice."""
     zero = np.float32(0.0)
-    # by slices, so that the compiler sees that no index is negative, and computes several at a time
+    # by slices, so that the compiler sees that no index is negative, and by loops with few arrays each, so that it can
+    # tell them apart and computes several numbers at a time
     moved, total = scratch[0, :size], scratch[1, :size]
     moved[:] = zero
     total[:] = zero
@@ -296,14 +305,16 @@ def _merge_span(
             row_w, row_n = rows[c, w : w + size], rows[c, m : m + size]
             for f in range(size):
                 grown = row_n[f] - base_m[f]
+                total[f] += grown if grown > zero else zero
+            for f in range(size):
+                grown = row_n[f] - base_m[f]
                 grown = grown if grown > zero else zero
-                total[f] += grown
                 step = np.float32(math.sqrt(base_m[f] + grown)) + eps
                 moved[f] += (row_w[f] - base_w[f]) * (step + near * grown)
         for f in range(size):
-            n = base_m[f] + total[f]
-            out_m[f] = n
-            out_w[f] = base_w[f] + moved[f] / (np.float32(math.sqrt(n)) + eps + near * total[f])
+            out_m[f] = base_m[f] + total[f]
+        for f in range(size):
+            out_w[f] = base_w[f] + moved[f] / (np.float32(math.sqrt(out_m[f])) + eps + near * total[f])
     elif rule == FTRL:
         out_n, base_n = out[m + size : m + 2 * size], base[m + size : m + 2 * size]
         per_lr, beta, l1, l2 = numbers[0], numbers[1], numbers[2], numbers[3]
@@ -361,12 +372,10 @@ def _begin(row: Any, key: Any, dim: int, linear_at: int, rules: Any, numbers: An
 def _merge(
     union: Any,
     members: Any,
-    blocks: Any,
-    before: Any,
+    pointers: Any,
     origins: Any,
-    moved_away: Any,
     owners: Any,
-    table: Any,
+    width: int,
     dim: int,
     linear_at: int,
     rules: Any,
@@ -375,42 +384,45 @@ def _merge(
     seed: Any,
     admits: bool,
 ) -> None:
-    """Fill the rows `union` of `table`, and of `before`, which holds what they were, with what they are now.
+    """Fill the rows `union` of a table, and of one that holds what they were, with what they are now.
 
-    `members`: which row of each of `blocks` is of it, plus 1, or 0. `origins`: the row of `before` that its id had; -1:
-    none; from -2 down: the rows of `moved_away`. `owners`: its id. `rules`: of the factors and of the linear weight.
-    `admits`: a new id may have begun elsewhere than at its first vector.
+    `members`: which row of each copy's is of it, plus 1, or 0. `pointers`: to the table, what it was, the rows of ids
+    that have no row in it any more, room for `copies + 4` rows, and the rows of each copy. `origins`: the row
+    that its id had in what the table was; -1: none; from -2 down: in those without. `owners`: its id. `rules`: of the
+    factors and of the linear weight. `admits`: a new id may have begun elsewhere than at its first vector.
     """
-    width = table.shape[1]
     copies = members.shape[1]
-    gathered = np.empty((copies, width), dtype=np.float32)
-    out = np.zeros(width, dtype=np.float32)
-    fresh = np.zeros(width, dtype=np.float32)
-    scratch = np.empty((2, max(dim, 1)), dtype=np.float32)
+    # by address: the slices below would each be counted, at more than the arithmetic costs
+    table, before = held_rows(pointers, 0, width, np.float32), held_rows(pointers, 1, width, np.float32)
+    moved_away, room = held_rows(pointers, 2, width, np.float32), held_rows(pointers, 3, width, np.float32)
+    out, fresh, scratch, gathered = room[0], room[1], room[2:4], room[4:]
+    factors, linear = numbers[1:6], numbers[6:11]
     for u in range(len(union)):
         count = 0
         for c in range(copies):
             at = members[u, c] - 1
             if at >= 0:
-                gathered[count] = held_rows(blocks, c, width, np.float32)[at]
+                theirs = held_rows(pointers, 4 + c, width, np.float32)[at]
+                for column in range(width):
+                    gathered[count, column] = theirs[column]
                 count += 1
-        row, origin = union[u], origins[u]
+        origin = origins[u]
         if count == 1:
-            table[row] = gathered[0]
-            before[row] = gathered[0]
-            continue
-        rows = gathered[:count]
-        base = fresh
-        if origin >= 0:
-            base = before[origin]
-        elif origin < -1:
-            base = moved_away[-2 - origin]
+            now = gathered[0]
         else:
-            _begin(fresh, owners[u], dim, linear_at, rules, numbers, seed)
-        if origin == -1 and admits:
-            _mean(out, rows, 0, width)
-        else:
-            _merge_span(out, base, rows, 0, dim + 1, dim, rules[0], numbers[1:6], trust[0], scratch)
-            _merge_span(out, base, rows, dim, linear_at, 1, rules[1], numbers[6:11], trust[1], scratch)
-        table[row] = out
-        before[row] = out
+            now, rows, base = out, gathered[:count], fresh
+            if origin >= 0:
+                base = before[origin]
+            elif origin < -1:
+                base = moved_away[-2 - origin]
+            else:
+                _begin(fresh, owners[u], dim, linear_at, rules, numbers, seed)
+            if origin == -1 and admits:
+                _mean(out, rows, 0, width)
+            else:
+                _merge_span(out, base, rows, 0, dim + 1, dim, rules[0], factors, trust[0], scratch)
+                _merge_span(out, base, rows, dim, linear_at, 1, rules[1], linear, trust[1], scratch)
+        here, was = table[union[u]], before[union[u]]
+        for column in range(width):
+            here[column] = now[column]
+            was[column] = now[column]

@@ -69,6 +69,7 @@ class Group:
         """Tells the client something, a sign of life."""
         self._meeting = meeting
         self._group: Any = None
+        self._memory = torch.zeros(size + 1, 0, dtype=torch.uint8)
         if meeting is None or size == 1:
             return
         patience = datetime.timedelta(seconds=meeting.timeout)
@@ -88,20 +89,22 @@ class Group:
         """The messages of all ranks, each what a store can hold, in the order of their numbers. Each must call this
         equally often.
 
-        Arrays that are received are views of one memory. Raises `Parted`.
+        Arrays that are received stay as they are until the next call. Raises `Parted`.
         """
         if self._group is None:
             return [message]
-        chunks = [np.frombuffer(chunk, dtype=np.uint8) for chunk in pack(message)]
+        chunks = [np.frombuffer(chunk, dtype=np.uint8) for chunk in pack(message) if len(chunk)]
         with _parted():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             self._group.allgather([sizes], [torch.tensor([sum(map(len, chunks))])]).wait()
-            mine, at = np.zeros(max(map(int, sizes)), dtype=np.uint8), 0
+            longest, at = max(map(int, sizes)), 0
+            if self._memory.shape[1] < longest:  # taken again by every call, for the system is slow to give it
+                self._memory = torch.zeros(self.size + 1, longest + longest // 4, dtype=torch.uint8)
+            mine, *found = (row[:longest] for row in self._memory)
             for chunk in chunks:
-                mine[at : at + len(chunk)] = chunk
+                mine[at : at + len(chunk)] = torch.from_numpy(chunk)
                 at += len(chunk)
-            found = [torch.empty(len(mine), dtype=torch.uint8) for _ in sizes]
-            self._group.allgather([found], [torch.from_numpy(mine)]).wait()
+            self._group.allgather([found], [mine]).wait()
         return [unpack(one.numpy()[: int(size)]) for one, size in zip(found, sizes, strict=True)]
 
 
@@ -131,8 +134,9 @@ def _open(token: str, timeout: float) -> Meeting:
     return Meeting(host, store.port, token, timeout)
 
 
-def _give_up(token: str) -> None:
-    """By `client.run`, which a busy worker does too: its ranks of this job stop at their next step."""
+async def _give_up(token: str) -> None:
+    """By `client.run`, which a busy worker does too, and which waits for none that is a coroutine: the ranks of this
+    job stop at their next step, and their store is closed."""
     _stores.pop(token, None)
     _given_up.append(token)
 
