@@ -63,6 +63,9 @@ class FM(nn.Module):
     True
     """
 
+    # addresses are good in this process alone, and there are copiers, Dask's of modules for one, that take all of __dict__
+    __slots__ = ("_pointers",)
+
     def __init__(
         self,
         schema: Schema,

@@ -102,7 +102,7 @@ class Group:
                 self._memory = torch.zeros(self.size + 1, longest + longest // 4, dtype=torch.uint8)
             mine, *found = (row[:longest] for row in self._memory)
             for chunk in chunks:
-                mine[at : at + len(chunk)] = torch.from_numpy(chunk)
+                mine.numpy()[at : at + len(chunk)] = chunk
                 at += len(chunk)
             self._group.allgather([found], [mine]).wait()
         return [unpack(one.numpy()[: int(size)]) for one, size in zip(found, sizes, strict=True)]
@@ -131,6 +131,9 @@ def _open(token: str, timeout: float) -> Meeting:
     patience = datetime.timedelta(seconds=timeout)
     store = _torch.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
     _stores[token] = store
+    if token in _given_up:  # before this task's turn came
+        del _stores[token]
+        raise Parted("the job was given up")
     return Meeting(host, store.port, token, timeout)
 
 
@@ -222,7 +225,9 @@ def run_ranks(
         with suppress(Exception):
             client.cancel([*futures], force=True)  # type: ignore[no-untyped-call]
         with suppress(Exception):
-            client.run(_give_up, token, workers=[*ranks.of], on_error="ignore", wait=False)
+            # one that is gone would be called for half a minute
+            living = [address for address in client.nthreads() if address in ranks.of]  # type: ignore[no-untyped-call]
+            client.run(_give_up, token, workers=living, on_error="ignore", wait=False)
 
 
 def _raise_cause(client: Client, others: Sequence[Any], ranks: Ranks, parted: Parted) -> None:
