@@ -28,6 +28,7 @@ kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy
 _MOST_KINDS = 30  # bits of a row's `positive`, twice
 _USES = {"weight": _join_kernel.AS_WEIGHT, "label": _join_kernel.AS_LABEL}
 _SMALLEST = 1024
+_SPARE = 4096  # rows beyond the capacity, for the events of one call
 _time_of = attrgetter("time")
 _USUAL = {Impression, Feedback}
 
@@ -353,20 +354,25 @@ class LabelJoin:
         """Free rows for `more` impressions and as much feedback, and records for what they may close."""
         numbers, self._pointers = self._numbers, None
         if numbers[kernel.OPENED] + more > len(self._opens):
-            size = 1 << int(numbers[kernel.OPENED] + more).bit_length()
+            size = self._growth(int(numbers[kernel.OPENED]), more, len(self._opens))
             self._opens, self._open_table, self._recent = _larger(self._opens, self._open_table, self._recent, size)
             numbers[kernel.FREE_OPEN] = _chained(self._opens, int(numbers[kernel.FREE_OPEN]), size)
             extras = np.zeros((len(self._opens), self._columns))
             extras[: len(self._extras)] = self._extras
             self._extras = extras
         if numbers[kernel.WAITING] + more > len(self._earlies):
-            size = 1 << int(numbers[kernel.WAITING] + more).bit_length()
+            size = self._growth(int(numbers[kernel.WAITING]), more, len(self._earlies))
             self._earlies, self._early_table, self._expiring = _larger(
                 self._earlies, self._early_table, self._expiring, size
             )
             numbers[kernel.FREE_EARLY] = _chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
             self._early_values = np.append(self._early_values, np.full(size, nan))
         return np.empty(2 * more + 2 * _MOST_KINDS + 2 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
+
+    def _growth(self, used: int, more: int, rows: int) -> int:
+        """How many rows to add to these: to double them, but not far beyond what can ever be used."""
+        doubled = 1 << (used + more).bit_length()
+        return min(doubled, max(used, self.capacity) + max(more, _SPARE) - rows)
 
     def _number(self, payload: Any) -> int:
         if type(payload) is int and 0 <= payload < 2**63:

@@ -20,10 +20,11 @@ class HeldRows:
     """Rows of batches in common columns, each under a slot number until it is freed, with the score it was served.
 
     So that a row is encoded once, when its impression comes, and learned as it was then. Memory follows what is held:
-    freed space is used again. `notes`: the types of what else is kept of each row.
+    freed space is used again. `notes`: the types of what else is kept of each row. `drawn`: whether ids draw numbers.
     """
 
-    def __init__(self, text_fields: int = 0, notes: Sequence[np.dtype[Any]] = ()) -> None:
+    def __init__(self, text_fields: int = 0, notes: Sequence[np.dtype[Any]] = (), *, drawn: bool = True) -> None:
+        self._drawn = drawn
         self._text_fields = text_fields
         self._note_types = tuple(notes)
         self._clear()
@@ -40,11 +41,11 @@ class HeldRows:
         """float32 `(slots,)`: the score each held row was served with."""
         self.times: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
         """float64 `(slots,)`: the time of the impression of each."""
-        self.draws: NDArray[np.float64] = np.zeros(512, dtype=np.float64)
-        """float64 `(slots,)`: a number in [0, 1) that its id drew, where non-clicks are sampled."""
+        self.draws: NDArray[np.float64] = np.zeros(512 if self._drawn else 0, dtype=np.float64)
+        """float64 `(slots,)`: a number in [0, 1) that its id drew, where non-clicks are sampled; else empty."""
         self.notes: list[NDArray[Any]] = [np.zeros(512, dtype=kind) for kind in self._note_types]
         """`(slots,)` each: what metrics have noted of each impression."""
-        self._free: NDArray[np.int64] = np.arange(511, -1, -1, dtype=np.int64)  # a stack of slots
+        self._free: NDArray[np.int32] = np.arange(511, -1, -1, dtype=np.int32)  # a stack of slots
         self._free_count = 512
         self._texts: dict[str, int] = {}
         self._in_order: list[str] = []  # the same, by number
@@ -68,7 +69,7 @@ class HeldRows:
         if self._free_count < rows:
             self._more_slots(rows)
         self._free_count -= rows
-        slots = self._free[self._free_count : self._free_count + rows][::-1].copy()
+        slots = self._free[self._free_count : self._free_count + rows][::-1].astype(np.int64)
         columns = batch.ids, batch.values, batch.fields, batch.starts, batch.ends, np.asarray(times, dtype=np.float64)
         held = self._ids, self._values, self._fields, self._starts, self._ends, self.times
         _hold(*columns, slots, self._end, *held)
@@ -133,14 +134,14 @@ class HeldRows:
         after = before
         while after - before + self._free_count < rows:
             after *= 2
-        for name in ("_starts", "_ends", "_refs", "served", "times", "draws"):
+        for name in ("_starts", "_ends", "_refs", "served", "times", *(["draws"] if self._drawn else [])):
             column = getattr(self, name)
             larger = np.full((after, *column.shape[1:]), -1, dtype=column.dtype)
             larger[:before] = column
             setattr(self, name, larger)
         self._starts[before:] = self._ends[before:] = 0
         self.notes = [np.append(column, np.zeros(after - before, dtype=column.dtype)) for column in self.notes]
-        free = np.empty(after, dtype=np.int64)
+        free = np.empty(after, dtype=np.int32)
         new = after - before
         free[:new] = np.arange(after - 1, before - 1, -1)
         free[new : new + self._free_count] = self._free[: self._free_count]
@@ -154,7 +155,7 @@ class HeldRows:
             "slots": held,
             "served": self.served[held],
             "times": self.times[held],
-            "draws": self.draws[held],
+            "draws": self.draws[held] if self._drawn else self.draws,
             "notes": [column[held].view(np.uint8).reshape(len(held), column.dtype.itemsize) for column in self.notes],
             "ids": kept.ids,
             "values": kept.values,
@@ -181,7 +182,8 @@ class HeldRows:
         self._free[: self._free_count] = np.append(others, held[::-1])  # so that `add` gives the rows their slots again
         self.add(batch, state["times"])
         self.served[held] = state["served"]
-        self.draws[held] = state["draws"]
+        if self._drawn:  # a row that was held when none drew is learned, whatever it is
+            self.draws[held] = state["draws"] if len(state["draws"]) else 0.0
         for column, notes in zip(self.notes, state["notes"], strict=True):
             column[held] = np.ascontiguousarray(notes).view(column.dtype)[:, 0]
 

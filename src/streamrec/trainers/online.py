@@ -140,7 +140,8 @@ class OnlineTrainer:
                 raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
             gate.attach(self._require_store(), self._published)
         self._judge = Judge(self.validation, gate, target)
-        self._rows = HeldRows(sum(isinstance(field, Text) for field in model.schema), self._judge.notes)
+        texts = sum(isinstance(field, Text) for field in model.schema)
+        self._rows = HeldRows(texts, self._judge.notes, drawn=negatives < 1)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
         self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
