@@ -285,6 +285,15 @@ class KeepsLoaded(Count):
         self.seen, self.dropped, self.log = state["seen"], state["dropped"], state["log"]
 
 
+class SharesWithCopies(Count):
+    """What it remembers is found by something that a copy keeps, as an address is."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharesWithCopies":
+        twin = type(self)()
+        twin.__dict__ = self.__dict__
+        return twin
+
+
 class AddsToState(Count):
     """Loading adds to what a used stage remembers."""
 
@@ -371,6 +380,7 @@ def test_check_stage_passes(right: Any) -> None:
         (LiveState, "changed later"),
         (KeepsLoaded, "changed the state it loaded"),
         (AddsToState, "a used stage that loaded a state"),
+        (SharesWithCopies, "the original, while its copy went on"),
         (StateTakesAway, "state_dict called twice"),
         (SetState, r"state\['ids'\] is a set"),
         (EmptyPushCounts, "pushing no events"),

@@ -350,6 +350,9 @@ class LabelJoin:
             self._pointers = pointers_to(arrays, self._columns, min(self.capacity, 2**62))
         return self._pointers
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pointers": None}  # a copy has memory of its own
+
     def _room(self, more: int) -> NDArray[Any]:
         """Free rows for `more` impressions and as much feedback, and records for what they may close."""
         numbers, self._pointers = self._numbers, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ def check_stage(make: Callable[[], Stage], events: Sequence[Any]) -> None:
     one by one and pushes cut at random, in what they return, in `counts` and in the state, bit for bit; pushing
     nothing does nothing; the state can be stored without pickle, holds the counts, and neither follows later changes
     of the stage nor is changed by a stage that loaded it; a twin that loads it, new or used, goes on as if there had
-    been no interruption (at every cut, or at 50 of them). Raises `AssertionError` saying what differs.
+    been no interruption (at every cut, or at 50 of them); a copy by `copy.deepcopy`, which is also how it comes into
+    another process, goes on likewise, and leaves the original alone. Raises `AssertionError` saying what differs.
 
     >>> from streamrec.events import Feedback
     >>> from streamrec.preprocessors.dedup import Dedup
@@ -93,6 +95,16 @@ def check_stage(make: Callable[[], Stage], events: Sequence[Any]) -> None:
     for cut, live, saved in states:
         if (difference := first_difference(saved, live)) is not None:
             raise AssertionError(f"the state cut after {cut} events changed later: {difference}; copy what is cut")
+
+    # A copy, taken in the middle: nothing that it remembers is shared, be it by address.
+    what = "a copy (copy.deepcopy) that went on"
+    original = _new(make)
+    before = _push(original, events[: len(events) // 2], what)
+    standing = _standing(original)
+    twin = copy.deepcopy(original)
+    _same_output(expected, before + _push(twin, events[len(events) // 2 :], what), what)
+    _same_standing(ends, _standing(twin), what)
+    _same_standing(standing, _standing(original), "the original, while its copy went on")
 
 
 def _new(make: Callable[[], Stage]) -> Stage:
