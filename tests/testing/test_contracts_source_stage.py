@@ -288,7 +288,7 @@ class KeepsLoaded(Count):
 class SharesWithCopies(Count):
     """What it remembers is found by something that a copy keeps, as an address is."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SharesWithCopies":
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharesWithCopies:
         twin = type(self)()
         twin.__dict__ = self.__dict__
         return twin
