@@ -63,7 +63,7 @@ class FM(nn.Module):
     True
     """
 
-    # addresses are good in this process alone, and there are copiers, Dask's of modules for one, that take all of __dict__
+    # addresses are good in this process alone, and some copiers, such as Dask's of modules, take all of __dict__ along
     __slots__ = ("_pointers",)
 
     def __init__(
