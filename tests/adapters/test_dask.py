@@ -91,6 +91,21 @@ def test_parts_joined_are_the_whole(client: Any, tmp_path: Path, seed: int) -> N
     assert counts["malformed"] and counts["duplicate"] and counts["filtered"] and counts["late_impression"]
 
 
+def test_an_event_that_cannot_be_used_does_not_move_the_edges(client: Any, tmp_path: Path) -> None:
+    stream = lines(make_stream(2, 500, messy=False))
+    ahead = msgspec.json.decode(stream[-1])["time"] + 5 * 86_400.0  # its time alone looks as if it could be used
+    stream.insert(150, b'{"type":"feedback","id":"","impression_id":"i1","time":%f}' % ahead)
+    (tmp_path / "all.jsonl").write_bytes(b"\n".join(stream))
+    archive = str(tmp_path / "all.jsonl")
+    expected, counts = whole(sr.JsonLines(archive))
+    rows = dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema, parts=6, piece=3000, **parts())
+    found = rows.read(10**6)
+    assert found is not None
+    assert_equal(found, expected)
+    assert {name: n for name, n in rows.counts.items() if n} == counts
+    assert len([*(tmp_path / "out" / "rows").glob("*.parquet")]) == len(rows.parts)
+
+
 def test_without_enough_overlap_the_edges_are_wrong(client: Any, tmp_path: Path) -> None:
     archive = write(tmp_path, make_stream(0, 500), files=7)
     expected, _ = whole(sr.JsonLines(archive))

@@ -168,6 +168,20 @@ class View:
         other model, and one whose preprocessors add features, scores it all. `time`: as in `rank`. Raises `ConfigError`
         where there is no catalogue.
         """
+        places, scores = self.retrieve_places(user=user, k=k, features=features, exclude=exclude, time=time)
+        return paired(map(self.catalogue.__getitem__, places.tolist()), scores)
+
+    def retrieve_places(
+        self,
+        *,
+        user: str,
+        k: int | None,
+        features: Mapping[str, Any] | None = None,
+        exclude: Iterable[str] = (),
+        time: float | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What `retrieve` finds, as columns for many users' lists: int64 `(found,)`, where the items stand in
+        `catalogue`, best first, and float32 `(found,)`, their click probabilities."""
         _check(k)
         serving = self._serving
         catalogue = serving.catalogue
@@ -184,11 +198,16 @@ class View:
             scores = self._score_catalogue(catalogue, user, shared, now)
             places = np.delete(np.arange(len(scores)), skipped)
             places = places[np.argsort(-scores[places], kind="stable")[:k]]
-            return paired(map(catalogue.items.__getitem__, places.tolist()), scores[places])
+            return places, scores[places]
         part = self._shared(catalogue.names, user, shared, 1, now)
         _, parts, codes = catalogue.by_fm
         places, logits = ranking.top(serving.model, part, parts, k, skipped, codes)
-        return paired(map(catalogue.items.__getitem__, places.tolist()), ranking.probabilities(logits))
+        return places, ranking.probabilities(logits)
+
+    @property
+    def catalogue(self) -> Sequence[str]:
+        """The names of the catalogue's items, in its order; none where there is no catalogue."""
+        return () if self._serving.catalogue is None else self._serving.catalogue.items
 
     def _score_catalogue(
         self, catalogue: Catalogue, user: str, shared: Mapping[str, Any], now: float

@@ -107,6 +107,11 @@ class JoinedEvents:
         """Judge the times of the first events as one that has checked others before, and remembered `checked`."""
         self._validate.load_state_dict(checked)
 
+    @property
+    def checked(self) -> State:
+        """What it remembers of the times it has checked, for one that goes on after it."""
+        return self._validate.state_dict()
+
     def span(self) -> tuple[float, float] | None:
         """The event times of the first and the last of all rows; None where there is none. Reads the source once."""
         here = self.state_dict()

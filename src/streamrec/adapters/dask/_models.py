@@ -14,9 +14,10 @@ from streamrec.models import FM
 from streamrec.protocols import Model, State
 from streamrec.serving import Scorer
 from streamrec.serving._loader import MODELS
+from streamrec.serving.view import View
 from streamrec.storage import Store
 
-__all__ = ["Reference", "model_of", "reference", "scorer_of"]
+__all__ = ["Reference", "catalogue_of", "model_of", "reference"]
 
 
 class Reference(NamedTuple):
@@ -63,10 +64,12 @@ def model_of(where: Reference, sent: Model | None) -> Model:
     return once(where.key, make)
 
 
-def scorer_of(where: Reference, sent: Any, catalogue: Any) -> Scorer:
-    """A scorer of this very version, whatever is published meanwhile, over the catalogue."""
+def catalogue_of(where: Reference, sent: Any, catalogue: Any) -> tuple[View, Any]:
+    """This very version, whatever is published meanwhile, over the catalogue; and its names as a column of Arrow's."""
 
-    def make() -> Scorer:
+    def make() -> tuple[View, Any]:
+        import pyarrow
+
         if sent is None:
             described, state = _read(where)
         else:
@@ -78,6 +81,7 @@ def scorer_of(where: Reference, sent: Any, catalogue: Any) -> Scorer:
         private.versions.write({"model": state}, {"model": described})
         scorer = Scorer(private)
         scorer.set_catalogue(catalogue)
-        return scorer
+        view = scorer.view()
+        return view, pyarrow.array(view.catalogue, pyarrow.string())
 
-    return once("scorer-" + where.key, make)
+    return once("catalogue-" + where.key, make)

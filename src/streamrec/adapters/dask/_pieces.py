@@ -28,6 +28,20 @@ class JsonPiece(msgspec.Struct, frozen=True):
     end: int
 
     def events(self, decode: Callable[[bytes], Event]) -> Iterator[Sequence[Item]]:
+        for lines, start in self._lines():
+            yield from _decoded(lines, self.uri, start, decode)
+
+    def spans(self, decode: Callable[[bytes], Event]) -> Iterator[tuple[float, float]] | None:
+        """The first and the last time of some events, then of the next ones, as far as can be told without a look at
+        their features. None where that takes `decode`; raises a `ValueError` where it does for some line."""
+        if decode is not decode_event:
+            return None
+        chunks = (lines[n : n + AT_ONCE] for lines, _ in self._lines() for n in range(0, len(lines), AT_ONCE))
+        times = ([one.time for one in map(_timed.decode, chunk)] for chunk in chunks)
+        return ((min(some), max(some)) for some in times)
+
+    def _lines(self) -> Iterator[tuple[list[bytes], int]]:
+        """Lines, and where the first of them begins."""
         with fsspec.open(self.uri, "rb", compression="infer") as file:
             if self.begin:
                 file.seek(self.begin - 1)
@@ -36,7 +50,7 @@ class JsonPiece(msgspec.Struct, frozen=True):
             while more and (at < self.end or self.end < 0):
                 block = file.read(1 << 20)  # readlines(hint) is not known to all file systems
                 more = bool(block)
-                lines = (rest + block).split(b"\n") if more else [rest]
+                lines = (rest + block).split(b"\n") if more else [rest] if rest else []
                 rest = lines.pop() if more else b""
                 kept, start = [], at
                 for line in lines:
@@ -44,7 +58,18 @@ class JsonPiece(msgspec.Struct, frozen=True):
                         break
                     kept.append(line)
                     at += len(line) + more  # its newline
-                yield from _decoded(kept, self.uri, start, decode)
+                yield kept, start
+
+
+class _Shown(msgspec.Struct, frozen=True, tag_field="type", tag="impression", gc=False):
+    time: float
+
+
+class _Clicked(msgspec.Struct, frozen=True, tag_field="type", tag="feedback", gc=False):
+    time: float
+
+
+_timed = msgspec.json.Decoder(Union[_Shown, _Clicked])
 
 
 def _decoded(lines: list[bytes], uri: str, at: int, decode: Callable[[bytes], Event]) -> Iterator[Sequence[Item]]:
@@ -88,11 +113,28 @@ class ParquetPiece(msgspec.Struct, frozen=True):
                 event_of(row, {"path": self.uri, "group": self.group, "row": begin + n}) for n, row in enumerate(rows)
             ]
 
+    def spans(self, decode: Callable[[bytes], Event]) -> Iterator[tuple[float, float]] | None:
+        """As of a `JsonPiece`. None where times are no column of numbers."""
+        from pyarrow import parquet, types
+
+        with fsspec.open(self.uri, "rb") as file:
+            opened = parquet.ParquetFile(file)
+            if "time" not in opened.schema_arrow.names:
+                return None
+            column = opened.read_row_group(self.group, columns=["time"]).column("time")
+        if not types.is_float64(column.type) or column.null_count or not len(column):
+            return None
+        times = column.to_numpy()
+        return iter([(float(times.min()), float(times.max()))])
+
 
 class ListPiece(msgspec.Struct, frozen=True):
     """The items of one partition of a bag: events, mappings, or lines of JSON."""
 
     items: list[Any]
+
+    def spans(self, decode: Callable[[bytes], Event]) -> None:
+        """None: it takes a look at each."""
 
     def events(self, decode: Callable[[bytes], Event]) -> Iterator[Sequence[Item]]:
         for begin in range(0, len(self.items), AT_ONCE):

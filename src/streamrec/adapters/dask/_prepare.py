@@ -42,6 +42,8 @@ class _Surveyed(NamedTuple):
     newest: float
     after: State
     doubtful: bool
+    sure: bool = True
+    """False: told by the times alone, so that an event that cannot be used may have been taken for one that can."""
 
 
 class _Done(NamedTuple):
@@ -49,6 +51,8 @@ class _Done(NamedTuple):
     counts: Counter[str]
     events: int
     pending: int
+    as_surveyed: bool
+    """Whether `Validate` has come to remember what the survey said it would."""
 
 
 class _Rows(NamedTuple):
@@ -59,6 +63,7 @@ class _Rows(NamedTuple):
     join: LabelJoin | None
     target: str
     decode: Callable[[bytes], Event]
+    overlap: float
 
 
 def prepare(
@@ -105,25 +110,16 @@ def prepare(
         overlap = _overlap(preprocessors, join)
     if not 0 <= overlap < math.inf:
         raise ConfigError(f"overlap must be >= 0 seconds and finite, got {overlap!r}")
-    told = _Rows(schema, list(preprocessors), join, target, decode)
+    told = _Rows(schema, list(preprocessors), join, target, decode, overlap)
     JoinedEvents(Memory([]), schema=schema, join=join, target=target)  # raises here, where the mistake is
     pieces = pieces_of(archive, piece)
     if hasattr(archive, "to_delayed"):
         pieces = client.compute(pieces)  # type: ignore[no-untyped-call]
-    surveyed = _survey(client, pieces, decode, timeout)
-    threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
-    count = min(len(pieces), parts or max(1, 2 * threads))
-    cuts = [len(pieces) * n // count for n in range(count + 1)]
-    tasks = []
-    for number, (begin, end) in enumerate(pairwise(cuts)):
-        newest = max((one.newest for one in surveyed[:begin]), default=-math.inf)
-        first = next((n for n in range(begin) if surveyed[n].newest >= newest - overlap), begin)
-        before: State | None = surveyed[first - 1].after if first else None
-        arguments = (told, before, out, number, begin - first, end == len(pieces), *pieces[first:end])
-        tasks.append(Task("prepare", _part, arguments))
-    done: list[Any] = [None] * count
-    for place, found in results(client, tasks, timeout=timeout):
-        done[place] = found
+    for quick in (True, False):
+        surveyed = _survey(client, pieces, decode, timeout, quick)
+        done = _parts(client, told, pieces, surveyed, out, parts, timeout)
+        if all(one.as_surveyed for one in done) or all(one.sure for one in surveyed):
+            break
     counts: Counter[str] = Counter()
     for one in done:
         counts.update(one.counts)
@@ -133,6 +129,33 @@ def prepare(
     return EncodedRows(out)
 
 
+def _parts(
+    client: Client,
+    told: _Rows,
+    pieces: Sequence[Any],
+    surveyed: Sequence[_Surveyed],
+    out: str,
+    parts: int | None,
+    timeout: float,
+) -> list[_Done]:
+    """Make all parts."""
+    threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    count = min(len(pieces), parts or max(1, 2 * threads))
+    cuts = [len(pieces) * n // count for n in range(count + 1)]
+    tasks = []
+    for number, (begin, end) in enumerate(pairwise(cuts)):
+        newest = max((one.newest for one in surveyed[:begin]), default=-math.inf)
+        first = next((n for n in range(begin) if surveyed[n].newest >= newest - told.overlap), begin)
+        before: State | None = surveyed[first - 1].after if first else None
+        after = [one.after for one in surveyed[begin:end]]
+        arguments = (told, before, after, out, number, begin - first, end == len(pieces), *pieces[first:end])
+        tasks.append(Task("prepare", _part, arguments))
+    done: list[Any] = [None] * count
+    for place, found in results(client, tasks, timeout=timeout):
+        done[place] = found
+    return done
+
+
 def _overlap(preprocessors: Sequence[Stage], join: LabelJoin | None) -> float:
     seconds = 0.0
     if join is not None:
@@ -140,10 +163,13 @@ def _overlap(preprocessors: Sequence[Stage], join: LabelJoin | None) -> float:
     return seconds + sum(2 * stage.ttl for stage in preprocessors if isinstance(stage, Dedup))
 
 
-def _survey(client: Client, pieces: Sequence[Any], decode: Any, timeout: float) -> list[_Surveyed]:
-    """What is in each piece. All at once, and then again those whose times only the pieces before can judge."""
+def _survey(client: Client, pieces: Sequence[Any], decode: Any, timeout: float, quick: bool) -> list[_Surveyed]:
+    """What is in each piece. All at once, and then again those whose times only the pieces before can judge.
+
+    `quick`: a piece in which nothing strange is seen may have been taken for good by its times alone.
+    """
     found: list[Any] = [None] * len(pieces)
-    tasks = [Task("survey", _look, (one, decode, None)) for one in pieces]
+    tasks = [Task("survey", _look, (one, decode, None, quick)) for one in pieces]
     for place, one in results(client, tasks, timeout=timeout):
         found[place] = one
     state: State = {"newest": None, "candidate": None}
@@ -151,19 +177,37 @@ def _survey(client: Client, pieces: Sequence[Any], decode: Any, timeout: float) 
         newest = state["newest"]
         jumps = newest is not None and one.newest - newest > Validate().max_ahead
         if place and (one.doubtful or jumps or state["candidate"] is not None):
-            [(_, one)] = results(client, [Task("survey", _look, (pieces[place], decode, state))], timeout=timeout)
+            [(_, one)] = results(
+                client, [Task("survey", _look, (pieces[place], decode, state, False))], timeout=timeout
+            )
         times = [t for t in (newest, one.after["newest"]) if t is not None]
         state = {"newest": max(times, default=None), "candidate": one.after["candidate"]}
         found[place] = one._replace(after=state)
     return found
 
 
-def _look(piece: Any, decode: Any, before: State | None) -> _Surveyed:
+def _glance(piece: Any, decode: Any) -> _Surveyed | None:
+    """What is in a piece by its times; None where they leave a doubt."""
+    newest, most = None, Validate().max_ahead
+    try:
+        for least, latest in piece.spans(decode) or ():
+            if not (least >= 0.0 and latest - (least if newest is None else newest) <= most):
+                return None
+            newest = latest if newest is None else max(newest, latest)
+    except (ValueError, RecursionError):  # some line cannot be read
+        return None
+    return None if newest is None else _Surveyed(newest, {"newest": newest, "candidate": None}, False, False)
+
+
+def _look(piece: Any, decode: Any, before: State | None, quick: bool) -> _Surveyed:
+    piece = _opened(piece)
+    if quick and (seen := _glance(piece, decode)) is not None:
+        return seen
     validate = Validate()
     if before is not None:
         validate.load_state_dict(before)
     doubtful = False
-    for events in _opened(piece).events(decode):
+    for events in piece.events(decode):
         checked = validate.push(events)
         if type(checked) is not Decoded:  # else nothing was refused
             doubtful |= any(isinstance(one, DeadLetter) and one.reason.startswith("far ahead") for one in checked)
@@ -176,8 +220,20 @@ def _opened(piece: Any) -> Any:
     return ListPiece(list(piece)) if isinstance(piece, (list, tuple)) or hasattr(piece, "__next__") else piece
 
 
-def _part(told: _Rows, before: State | None, out: str, number: int, early: int, last: bool, *pieces: Any) -> _Done:
-    """Go through these pieces and write the rows that come out of them, those of the first `early` left out."""
+def _part(
+    told: _Rows,
+    before: State | None,
+    after: Sequence[State],
+    out: str,
+    number: int,
+    early: int,
+    last: bool,
+    *pieces: Any,
+) -> _Done:
+    """Go through these pieces and write the rows that come out of them, those of the first `early` left out.
+
+    `before`, `after`: what `Validate` remembers before the first of them, and after each of the others, by the survey.
+    """
     parts = copy.deepcopy((told.preprocessors, told.join))  # a worker may run two of these at a time
     rows = JoinedEvents(Memory([]), schema=told.schema, preprocessors=parts[0], join=parts[1], target=told.target)
     if before is not None:
@@ -186,6 +242,7 @@ def _part(told: _Rows, before: State | None, out: str, number: int, early: int, 
     files: list[Part] = []
     held: list[LabeledRows] = []
     events = many = 0
+    as_surveyed = True
 
     def write() -> None:
         if held:
@@ -206,10 +263,11 @@ def _part(told: _Rows, before: State | None, out: str, number: int, early: int, 
             if many >= AT_ONCE:
                 write()
                 many = 0
+        as_surveyed &= place < early or rows.checked == after[place - early]
     write()
     counts = Counter(rows.counts)
     counts.subtract(counts_before)
     pending = rows.counts["pending"] if last else 0
     for name in ("events", "pending"):
         del counts[name]
-    return _Done(files, counts, events, pending)
+    return _Done(files, counts, events, pending, as_surveyed)

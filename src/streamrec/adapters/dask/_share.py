@@ -12,7 +12,7 @@ from streamrec.storage import EncodedRows
 
 __all__ = ["Cuts", "Share"]
 
-FEWEST_ROUNDS = 8
+FEWEST_ROUNDS = 4
 """In an epoch: what is small is merged often, for there is time for it."""
 FIRST_STEP = 500
 """Rows that each copy of a new model learns before the first merge; then half as many again, and so on: what a model
