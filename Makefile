@@ -10,7 +10,7 @@ help:
 	@echo "make check        style, types and layers"
 	@echo "make bench        against River and PyTorch, in one run, printing ratios"
 	@echo "make docs         the site, in docs/_build/html"
-	@echo "make soak         the long tests: processes killed at random, for minutes"
+	@echo "make soak         the long tests: faults, processes killed at random, ten minutes at full speed"
 
 quickstart: .venv
 	$(BIN)/python examples/quickstart.py
