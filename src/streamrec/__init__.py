@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from streamrec.trainers import Gate as Gate
     from streamrec.trainers import JoinedEvents as JoinedEvents
     from streamrec.trainers import OnlineTrainer as OnlineTrainer
+    from streamrec.trainers import Tuner as Tuner
 
 _HOME = {
     "batch": ("Batch",),
@@ -121,7 +122,7 @@ _HOME = {
     "serving": ("Candidate", "Ranked", "Scorer"),
     "sources": ("Csv", "HttpPoll", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
     "storage": ("Archive", "EncodedRows", "Store"),
-    "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer"),
+    "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer", "Tuner"),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
 

@@ -25,6 +25,7 @@ __all__ = [
     "decode_lines",
     "encode_event",
     "encode_lines",
+    "piece_of",
     "place_of",
 ]
 
@@ -105,6 +106,14 @@ def place_of(items: Sequence[Item], index: int) -> Position | None:
     """Where the item with this index stood in its source; None where the source has not said."""
     place = getattr(items, "place", None)
     return None if place is None else place(index)
+
+
+def piece_of(items: Sequence[Item], begin: int, end: int) -> Sequence[Item]:
+    """Those from `begin` to `end` (excluded), which know where they stood where these do."""
+    if not isinstance(items, Placed):
+        return items[begin:end]
+    place = items.place
+    return type(items)(items[begin:end], None if place is None else lambda index: place(begin + index))
 
 
 class Decoded(Placed):

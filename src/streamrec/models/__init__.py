@@ -5,6 +5,7 @@ from streamrec.models.bert_fm import BertFM, Taste
 from streamrec.models.fm import FM
 from streamrec.models.id_table import IdTable
 from streamrec.models.optimizers import FTRL, SGD, Adagrad, Adam
+from streamrec.models.space import Choice, Real, Whole
 from streamrec.models.text_cache import TextCache
 from streamrec.models.text_encoder import TextEncoder
 from streamrec.models.tuning import AdamW, Full, LoRA, Pair, Top
@@ -18,12 +19,15 @@ __all__ = [
     "AdamW",
     "BertCTR",
     "BertFM",
+    "Choice",
     "Full",
     "IdTable",
     "LoRA",
     "Pair",
+    "Real",
     "Taste",
     "TextCache",
     "TextEncoder",
     "Top",
+    "Whole",
 ]

@@ -7,6 +7,7 @@ from streamrec.trainers.joined_events import JoinedEvents
 from streamrec.trainers.online import OnlineTrainer
 from streamrec.trainers.pretrain import InBatch, MaskedLM, SimCSE, pretrain
 from streamrec.trainers.schedules import Cosine, Linear
+from streamrec.trainers.tuner import Tuner
 
 __all__ = [
     "BatchTrainer",
@@ -20,5 +21,6 @@ __all__ = [
     "OnlineTrainer",
     "Peers",
     "SimCSE",
+    "Tuner",
     "pretrain",
 ]

@@ -12,20 +12,26 @@ from streamrec.batch import Batch
 from streamrec.evaluators import ProgressiveValidation
 from streamrec.events import Impression
 from streamrec.trainers.gate import Gate
+from streamrec.trainers.tuner import Tuner
 
 __all__ = ["Judge"]
 
 
 class Judge:
-    """Gives labels to the metrics, and those of the kind `target` to the gate."""
+    """Gives labels to the metrics, and those of the kind `target` to the gate and the tuner.
 
-    def __init__(self, validation: ProgressiveValidation, gate: Gate | None, target: str) -> None:
-        self._validation, self._gate, self._target = validation, gate, target
+    What a tuner notes are its learners' scores, which are known only when the model has run: whoever runs it adds that
+    column to those of `note`, as the last.
+    """
+
+    def __init__(self, validation: ProgressiveValidation, gate: Gate | None, tuner: Tuner | None, target: str) -> None:
+        self._validation, self._gate, self._tuner, self._target = validation, gate, tuner, target
 
     @property
     def notes(self) -> list[np.dtype[Any]]:
-        """The types of what `note` gives."""
-        return self._validation.notes if self._gate is None else [*self._validation.notes, self._gate.notes]
+        """The types of the columns that come back in `update`."""
+        others = [one.notes for one in (self._gate, self._tuner) if one is not None]
+        return [*self._validation.notes, *others]
 
     def note(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
         """What metrics and the gate want to know of these impressions when their labels come, `(n,)` each."""
@@ -42,11 +48,15 @@ class Judge:
         notes: list[NDArray[Any]],
     ) -> None:
         """Judge `served` scores by their labels, in order. All `(n,)`; `kinds`: one for all, or as many."""
-        if self._gate is not None:
-            *notes, compared = notes
-            if isinstance(kinds, list):
-                wanted = np.array([kind == self._target for kind in kinds])
-                self._gate.update(labels[wanted], compared[wanted])
-            elif kinds == self._target:
-                self._gate.update(labels, compared)
+        if self._gate is not None or self._tuner is not None:
+            wanted: Any = slice(None) if kinds == self._target else np.array([kind == self._target for kind in kinds])
+            learned = not isinstance(kinds, str) or kinds == self._target
+            if self._tuner is not None:
+                *notes, scores = notes
+                if learned:
+                    self._tuner.judge(labels[wanted], weights[wanted], scores[wanted])
+            if self._gate is not None:
+                *notes, compared = notes
+                if learned:
+                    self._gate.update(labels[wanted], compared[wanted])
         self._validation.update(labels, served, weights, times, kinds, notes)

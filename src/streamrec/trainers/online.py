@@ -18,7 +18,7 @@ from tqdm import tqdm
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
-from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, place_of
+from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, piece_of, place_of
 from streamrec.hashing import uniform
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
@@ -35,6 +35,7 @@ from streamrec.trainers.gate import Gate
 from streamrec.trainers.held_rows import HeldRows
 from streamrec.trainers.in_order import InOrder
 from streamrec.trainers.plan import Plan, plan
+from streamrec.trainers.tuner import LOOK, Tuner
 
 __all__ = ["OnlineTrainer"]
 
@@ -139,11 +140,14 @@ class OnlineTrainer:
             if not (hasattr(model, "config") and hasattr(model, "from_config")):
                 raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
             gate.attach(self._require_store(), self._published)
-        self._judge = Judge(self.validation, gate, target)
+        self._tuner = model if isinstance(model, Tuner) else None
+        self._judge = Judge(self.validation, gate, self._tuner, target)
         texts = sum(isinstance(field, Text) for field in model.schema)
         self._rows = HeldRows(texts, self._judge.notes, drawn=negatives < 1)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
         self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
+        if self._tuner is not None:
+            self._step = self._tuner.steps
         self._kinds = {"": 0, target: 1}  # their numbers in a plan; 0: nothing to judge
         joined = () if join is None else join.kinds
         self._numbers = np.array([self._kinds.setdefault(kind, len(self._kinds)) for kind in joined], dtype=np.int64)
@@ -164,15 +168,24 @@ class OnlineTrainer:
         if self.negatives < 1:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         self._note(shown, batch, slots)
-        self._rows.served[slots] = _served(self.model.predict(batch), shown)
+        scores = self.model.predict(batch) if self._tuner is None else self._tuner.predictions(batch)
+        self._rows.served[slots] = _served(self._keep_scores(scores, slots), shown)
         if self.archive is not None:
             self.archive.hold(slots, shown)
         return slots
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
         """Keep what metrics and the gate want to know of these impressions when their labels come."""
-        for column, notes in zip(self._rows.notes, self._judge.note(shown, batch), strict=True):
+        columns = self._rows.notes if self._tuner is None else self._rows.notes[:-1]
+        for column, notes in zip(columns, self._judge.note(shown, batch), strict=True):
             column[slots] = notes
+
+    def _keep_scores(self, found: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What is served of these scores; those of all learners of a tuner wait with the rows."""
+        if self._tuner is None:
+            return found
+        self._rows.notes[-1][slots] = self._tuner.noted(found)
+        return self._tuner.served(found)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -182,6 +195,19 @@ class OnlineTrainer:
         A score is nan where its item did not reach the model: it could not be used, or a preprocessor dropped it.
         Nothing is written: `run` does that, or `checkpoint` when `checkpoint_due`.
         """
+        if self._tuner is None:
+            return self._push(events)
+        scores = []
+        begin = 0
+        while begin < len(events):  # a rung ends at the same event however the stream is cut
+            end = min(len(events), begin + LOOK - self._counts["events"] % LOOK)
+            scores += self._push(piece_of(events, begin, end))
+            begin = end
+            if self._counts["events"] % LOOK == 0:
+                self._tuner.turn()
+        return scores
+
+    def _push(self, events: Sequence[Item]) -> list[float]:
         checked = self._validate.push(events)
         usable: list[Any] = checked
         if type(checked) is not Decoded:
@@ -254,7 +280,8 @@ class OnlineTrainer:
         self._counts["sampled_out"] += todo.sampled_out
         found = _NO_SCORES
         if len(todo.rows):
-            found = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)[todo.scored]
+            scores = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)
+            found = self._keep_scores(scores[todo.scored], slots)
         self._rows.served[slots] = _served(found, shown)
         if len(todo.judged_rows):
             which = todo.judged_kinds
@@ -270,8 +297,7 @@ class OnlineTrainer:
         if archive is not None and self.join is not None and closed is not None:
             archive.label(closed, self.join.kinds, self._rows.served, todo.freed)
         self._rows.free(todo.freed)
-        scores: list[float] = found.tolist()
-        return scores
+        return found.tolist()
 
     def _learn_at_once(self, events: Sequence[Labeled], shown: Sequence[Impression], batch: Batch) -> list[float]:
         """`_advance` where nothing waits for a label: no row need be held."""
@@ -297,6 +323,9 @@ class OnlineTrainer:
             ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
             self._counts["learned"] += int(np.count_nonzero(learned))
         found = self._step(batch, np.arange(count), ops, labels, learn_weights)
+        notes = self._judge.note(shown, batch)
+        if self._tuner is not None:
+            notes, found = [*notes, self._tuner.noted(found)], self._tuner.served(found)
         served = _served(found, shown)
         judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
@@ -306,7 +335,7 @@ class OnlineTrainer:
                 weights[judged],
                 batch.times[judged],
                 first if one_kind else [kind for kind in kinds if kind],
-                [notes[judged] for notes in self._judge.note(shown, batch)],
+                [column[judged] for column in notes],
             )
         scores: list[float] = found.tolist()
         return scores
@@ -447,7 +476,7 @@ class OnlineTrainer:
     def _cut_published(self) -> Cut:
         model, base, copied = self._saver.cut(published=True)
         info = {
-            "model": description(self.model),
+            "model": description(self._served_model),
             "metrics": plain(self.validation.compute()),
             "events": self._counts["events"],
         }
@@ -457,6 +486,11 @@ class OnlineTrainer:
             info["stages"] = [{"type": type(stage).__name__, "config": stage.config()} for stage in stages]
             state["stages"] = [stage.published() for stage in stages]
         return Cut(state, info, base, published=True, copied=copied)
+
+    @property
+    def _served_model(self) -> Model:
+        """The model, or the learner of a tuner that serves: what versions are of."""
+        return self.model if self._tuner is None else self._tuner.leader
 
     def publish(self) -> Version:
         """Save the model as a version for scorers. Raises `StoreError`."""
@@ -581,7 +615,7 @@ class OnlineTrainer:
     def _published(self, number: int) -> Model:
         """The model of a version that this trainer has published. Raises `StoreError`."""
         version, state = self._require_store().versions.read(number)  # type: ignore[misc]  # it raises instead
-        model: Model = type(self.model).from_config(version.info["model"]["config"])  # type: ignore[attr-defined]
+        model: Model = type(self._served_model).from_config(version.info["model"]["config"])  # type: ignore[attr-defined]
         model.load_state_dict(state["model"])
         return model
 

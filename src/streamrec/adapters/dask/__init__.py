@@ -20,8 +20,9 @@ from streamrec.adapters.dask._fit import fit
 from streamrec.adapters.dask._prepare import prepare
 from streamrec.adapters.dask._score import User, score
 from streamrec.adapters.dask._search import Halving, search
-from streamrec.adapters.dask._space import Choice, OptunaPoints, RandomPoints, Real, Whole
+from streamrec.adapters.dask._space import OptunaPoints, RandomPoints
 from streamrec.adapters.dask._trials import Trial, Trials
+from streamrec.models.space import Choice, Real, Whole
 
 __all__ = [
     "Choice",

@@ -16,10 +16,11 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results, told
-from streamrec.adapters.dask._space import Choice, Params, Points, RandomPoints, Real, Space, Whole
+from streamrec.adapters.dask._space import Points, RandomPoints
 from streamrec.adapters.dask._trial import FMs, Make, Outcome, Told, run_trial
 from streamrec.adapters.dask._trials import Trial, Trials, plain_params
 from streamrec.errors import ConfigError, DamagedError, StoreError
+from streamrec.models.space import Choice, Params, Real, Space, Whole, best_of
 from streamrec.protocols import Metric
 from streamrec.storage import EncodedRows, Store
 from streamrec.storage._folders import folder
@@ -275,9 +276,8 @@ def _settings(space: Space, rows: EncodedRows, halving: Halving, points: Points,
 
 
 def _best(outcomes: Mapping[str, Outcome], chosen: Sequence[int], count: int) -> list[int]:
-    """The `count` of them with the lowest loss, in the order of their numbers; ties go to the lower number."""
-    judged = [(loss, one) for one in chosen if (loss := outcomes[str(one)].loss) is not None]
-    return sorted(one for _, one in sorted(judged)[:count])
+    """The `count` of them with the lowest loss, in the order of their numbers."""
+    return best_of({one: outcomes[str(one)].loss for one in chosen}, count)
 
 
 def _nothing(saved: _Saved) -> None:

@@ -1,98 +1,16 @@
-"""Where the points of a search come from: a typed space, and who chooses in it."""
+"""Where the points of a search come from: who chooses in its space."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, Protocol, Union
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from streamrec.errors import ConfigError
+from streamrec.models.space import Choice, Params, Space, Whole
 
-__all__ = ["Asked", "Choice", "Dimension", "OptunaPoints", "Params", "Points", "RandomPoints", "Real", "Space", "Whole"]
-
-Params = Mapping[str, Any]
-"""One point: a value for each name of the space."""
-
-
-class Real(msgspec.Struct, frozen=True):
-    """A number from `low` to `high`; `log`: even in its logarithm, as learning rates should be.
-
-    Raises `ConfigError` where there is no such number.
-
-    >>> 0.01 <= Real(0.01, 1.0, log=True).draw(np.random.default_rng(0)) <= 1.0
-    True
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def draw(self, rng: np.random.Generator) -> float:
-        """A value at random."""
-        if self.log:
-            return min(self.high, max(self.low, math.exp(rng.uniform(math.log(self.low), math.log(self.high)))))
-        return float(rng.uniform(self.low, self.high))
-
-
-class Whole(msgspec.Struct, frozen=True):
-    """A whole number from `low` to `high`, both included; `log`: even in its logarithm.
-
-    >>> {Whole(1, 3).draw(np.random.default_rng(n)) for n in range(20)} == {1, 2, 3}
-    True
-    """
-
-    low: int
-    high: int
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        for value in (self.low, self.high):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"Whole takes whole numbers, got {value!r}; Real takes others")
-        _check(self)
-
-    def draw(self, rng: np.random.Generator) -> int:
-        """A value at random."""
-        if self.log:
-            drawn = math.floor(math.exp(rng.uniform(math.log(self.low), math.log(self.high + 1))))
-            return min(self.high, max(self.low, drawn))
-        return int(rng.integers(self.low, self.high, endpoint=True))
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """One of these values, whatever they are: optimizers, numbers, names.
-
-    >>> Choice((8, 16)).draw(np.random.default_rng(0)) in (8, 16)
-    True
-    """
-
-    values: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        if type(self.values) not in (list, tuple) or not self.values:
-            raise ConfigError(f"Choice takes a tuple of one value or more, got {self.values!r}")
-        msgspec.structs.force_setattr(self, "values", tuple(self.values))
-
-    def draw(self, rng: np.random.Generator) -> Any:
-        """One of them at random."""
-        return self.values[int(rng.integers(len(self.values)))]
-
-
-def _check(one: Real | Whole) -> None:
-    if not -math.inf < one.low <= one.high < math.inf:
-        raise ConfigError(f"{one!r}: low must not be above high, and both finite")
-    if one.log and not one.low > 0:
-        raise ConfigError(f"{one!r}: with log=True, low must be > 0")
-
-
-Dimension = Union[Real, Whole, Choice]
-Space = Mapping[str, Dimension]
+__all__ = ["Asked", "OptunaPoints", "Points", "RandomPoints"]
 
 
 class Asked(Protocol):

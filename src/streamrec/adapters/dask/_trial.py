@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Union
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec.adapters.dask._space import Params
 from streamrec.batch import LabeledRows
-from streamrec.errors import ConfigError
 from streamrec.evaluators import NormalizedEntropy
 from streamrec.models import FM
-from streamrec.models.optimizers import Optimizer
+from streamrec.models.space import Params, require_names, with_settings
 from streamrec.protocols import Metric, Model, State
 from streamrec.schema import Schema
 from streamrec.storage import EncodedRows, Store
@@ -170,43 +168,20 @@ class FMs:
     """Makes an FM of a point, and its trainer: a name is an argument of `FM`, a setting of one of its optimizers
     (`"optimizer.lr"`), or one of `BatchTrainer`'s `epochs`, `shuffle`, `window` and `patience`."""
 
-    OF_MODEL = ("dim", "init", "seed", "optimizer", "linear_optimizer")
     OF_TRAINER = ("epochs", "shuffle", "window", "patience")
-    OPTIMIZERS = ("optimizer", "linear_optimizer")
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `ConfigError` for a name that is none of these."""
-        for name in names:
-            if name not in (*self.OF_MODEL, *self.OF_TRAINER) and name.partition(".")[0] not in self.OPTIMIZERS:
-                raise ConfigError(
-                    f"an FM has no {name!r} to search in: it has {', '.join((*self.OF_MODEL, *self.OF_TRAINER))}, and "
-                    'settings such as "optimizer.lr"; for a model of your own pass make'
-                )
+        require_names(names, self.OF_TRAINER)
 
     def __call__(self, params: Params) -> BatchTrainer:
-        model: dict[str, Any] = {name: params[name] for name in self.OF_MODEL if name in params}
-        changed: dict[str, dict[str, Any]] = {}
-        for name, value in params.items():
-            of, dot, setting = name.partition(".")
-            if dot:
-                changed.setdefault(of, {})[setting] = value
-        if changed:
-            base = FM(self._schema, **{**model, "dim": 0})
-            if "optimizer" not in model:  # else it is meant for both, as in FM
-                model.setdefault("linear_optimizer", base.linear_optimizer)
-            for of, settings in changed.items():
-                model[of] = _changed(getattr(base, of), settings)
+        optimizers = {name: params[name] for name in ("optimizer", "linear_optimizer") if name in params}
+        model = with_settings(FM(self._schema, **optimizers), params)
+        if "optimizer" in params and not any(name.startswith("linear_optimizer") for name in params):
+            model["linear_optimizer"] = model["optimizer"]  # it is meant for both, as in FM
         return BatchTrainer(
             model=FM(self._schema, **model), **{name: params[name] for name in self.OF_TRAINER if name in params}
         )
-
-
-def _changed(optimizer: Optimizer, settings: Mapping[str, Any]) -> Optimizer:
-    unknown = [name for name in settings if name not in optimizer.__struct_fields__]
-    if unknown:
-        raise ConfigError(f"{type(optimizer).__name__} has no {', '.join(unknown)}; it is {optimizer!r}")
-    # by the constructor, which checks them
-    return type(optimizer)(**{name: getattr(optimizer, name) for name in optimizer.__struct_fields__} | dict(settings))

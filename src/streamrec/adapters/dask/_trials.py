@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from streamrec.adapters.dask._space import Params
+from streamrec.models.space import Params
 
 __all__ = ["Trial", "Trials", "plain_params"]
 
