@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamrec.evaluators.drift import ADWIN, PageHinkley, psi
 from streamrec.evaluators.grouped import GAUC, NDCG, Coverage, Recall
 from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
 from streamrec.evaluators.off_policy import Estimate, doubly_robust, ips, snips
@@ -11,6 +12,7 @@ from streamrec.evaluators.sequential import LossDifference
 from streamrec.evaluators.slices import Slices
 
 __all__ = [
+    "ADWIN",
     "AUC",
     "CTR",
     "GAUC",
@@ -22,6 +24,7 @@ __all__ = [
     "LogLoss",
     "LossDifference",
     "NormalizedEntropy",
+    "PageHinkley",
     "ProgressiveValidation",
     "Recall",
     "Report",
@@ -29,5 +32,6 @@ __all__ = [
     "Window",
     "doubly_robust",
     "ips",
+    "psi",
     "snips",
 ]

@@ -2,6 +2,7 @@
 
 from streamrec.trainers.batch import BatchTrainer
 from streamrec.trainers.dense import Dense, Peers
+from streamrec.trainers.drift import Alert, Drift
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.joined_events import JoinedEvents
 from streamrec.trainers.online import OnlineTrainer
@@ -10,9 +11,11 @@ from streamrec.trainers.schedules import Cosine, Linear
 from streamrec.trainers.tuner import Tuner
 
 __all__ = [
+    "Alert",
     "BatchTrainer",
     "Cosine",
     "Dense",
+    "Drift",
     "Gate",
     "InBatch",
     "JoinedEvents",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from streamrec.batch import Batch
 from streamrec.evaluators import ProgressiveValidation
 from streamrec.events import Impression
+from streamrec.trainers.drift import Drift
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.tuner import Tuner
 
@@ -18,14 +19,22 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Gives labels to the metrics, and those of the kind `target` to the gate and the tuner.
+    """Gives labels to the metrics, and those of the kind `target` to the gate, the tuner and the watch for drift.
 
     What a tuner notes are its learners' scores, which are known only when the model has run: whoever runs it adds that
     column to those of `note`, as the last.
     """
 
-    def __init__(self, validation: ProgressiveValidation, gate: Gate | None, tuner: Tuner | None, target: str) -> None:
-        self._validation, self._gate, self._tuner, self._target = validation, gate, tuner, target
+    def __init__(
+        self,
+        validation: ProgressiveValidation,
+        gate: Gate | None,
+        tuner: Tuner | None,
+        drift: Drift | None,
+        target: str,
+    ) -> None:
+        self._validation, self._gate, self._tuner, self._drift = validation, gate, tuner, drift
+        self._target = target
 
     @property
     def notes(self) -> list[np.dtype[Any]]:
@@ -48,9 +57,11 @@ class Judge:
         notes: list[NDArray[Any]],
     ) -> None:
         """Judge `served` scores by their labels, in order. All `(n,)`; `kinds`: one for all, or as many."""
-        if self._gate is not None or self._tuner is not None:
+        if not (self._gate is None and self._tuner is None and self._drift is None):
             wanted: Any = slice(None) if kinds == self._target else np.array([kind == self._target for kind in kinds])
             learned = not isinstance(kinds, str) or kinds == self._target
+            if self._drift is not None and learned:
+                self._drift.update(labels[wanted], served[wanted], times[wanted])
             if self._tuner is not None:
                 *notes, scores = notes
                 if learned:

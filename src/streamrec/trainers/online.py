@@ -31,6 +31,7 @@ from streamrec.trainers._judge import Judge
 from streamrec.trainers._saved import describers, description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
+from streamrec.trainers.drift import Drift
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.held_rows import HeldRows
 from streamrec.trainers.in_order import InOrder
@@ -72,7 +73,7 @@ class OnlineTrainer:
     comes, with the fake-negative weighted loss, instead of once when its window closes: see `docs/labels.md` for when
     that pays. The metrics wait for the label all the same. `archive`: an `Archive` or where to make one: every event
     that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
-    `gate`: tries each version before it is served.
+    `gate`: tries each version before it is served. `drift`: watches the loss of the served scores, and acts.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -101,6 +102,7 @@ class OnlineTrainer:
         archive: Archive | str | os.PathLike[str] | None = None,
         dead_letters: DeadLetters | None = None,
         gate: Gate | None = None,
+        drift: Drift | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
@@ -141,7 +143,10 @@ class OnlineTrainer:
                 raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
             gate.attach(self._require_store(), self._published)
         self._tuner = model if isinstance(model, Tuner) else None
-        self._judge = Judge(self.validation, gate, self._tuner, target)
+        self.drift = drift
+        if drift is not None:
+            drift.set_rate(model)
+        self._judge = Judge(self.validation, gate, self._tuner, drift, target)
         texts = sum(isinstance(field, Text) for field in model.schema)
         self._rows = HeldRows(texts, self._judge.notes, drawn=negatives < 1)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
@@ -195,16 +200,19 @@ class OnlineTrainer:
         A score is nan where its item did not reach the model: it could not be used, or a preprocessor dropped it.
         Nothing is written: `run` does that, or `checkpoint` when `checkpoint_due`.
         """
-        if self._tuner is None:
+        if self._tuner is None and self.drift is None:
             return self._push(events)
         scores = []
         begin = 0
-        while begin < len(events):  # a rung ends at the same event however the stream is cut
+        while begin < len(events):  # what is done about labels is done at the same events, however the stream is cut
             end = min(len(events), begin + LOOK - self._counts["events"] % LOOK)
             scores += self._push(piece_of(events, begin, end))
             begin = end
             if self._counts["events"] % LOOK == 0:
-                self._tuner.turn()
+                if self._tuner is not None:
+                    self._tuner.turn()
+                if self.drift is not None:
+                    self.drift.act(self.model)
         return scores
 
     def _push(self, events: Sequence[Item]) -> list[float]:
@@ -440,6 +448,8 @@ class OnlineTrainer:
         counts["unjoined"] = self._counts["unjoined"]
         counts["sampled_out"] = self._counts["sampled_out"]
         counts["corrected"] = 0 if self.join is None else self.join.corrected
+        if self.drift is not None:
+            counts["drift"] = self.drift.count
         for part in (*self.preprocessors, self.join, self.dead_letters):
             if part is not None:
                 counts.update(part.counts)
@@ -583,6 +593,7 @@ class OnlineTrainer:
             "metrics": self.validation.state_dict(),
             "dead_letters": self.dead_letters.state_dict(),
             "gate": None if self.gate is None else self.gate.state_dict(),
+            "drift": None if self.drift is None else self.drift.state_dict(),
             "archive": None if self.archive is None else self.archive.state_dict(),
             "counts": dict(self._counts),
             "seconds": self._seconds,
@@ -606,6 +617,9 @@ class OnlineTrainer:
         self.dead_letters.load_state_dict(state["dead_letters"])
         if self.gate is not None:
             self.gate.load_state_dict(state["gate"])
+        if self.drift is not None and state.get("drift") is not None:
+            self.drift.load_state_dict(state["drift"])
+            self.drift.set_rate(self.model)
         if self.archive is not None and state["archive"] is not None:
             self.archive.load_state_dict(state["archive"])
         self._counts = Counter(state["counts"])
