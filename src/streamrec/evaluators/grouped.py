@@ -77,7 +77,12 @@ class _Grouped:
                 f"{self.name} needs what note() gave for each of {len(labels)} labels and {len(scores)} scores, got "
                 f"{'none' if notes is None else len(notes)}; it works in an OnlineTrainer, which sees impressions"
             )
+        scores = self._judged(scores)
         self._cells.add(np.ascontiguousarray(notes, dtype=np.int64), labels, scores, weights, self._binary)
+
+    def _judged(self, scores: Column) -> Column:
+        """The scores that tell the cells of a group apart."""
+        return scores
 
     def _arguments(self) -> dict[str, Any]:
         return {"by": self._by.rule, "capacity": self._cells.capacity, "kind": self._kind}
@@ -206,17 +211,8 @@ class Coverage(_Grouped):
     def _arguments(self) -> dict[str, Any]:
         return {"size": self.size, **super()._arguments()}
 
-    def update(
-        self,
-        labels: Column,
-        scores: Column,
-        weights: Column | None = None,
-        kind: str = "click",
-        notes: NDArray[Any] | None = None,
-    ) -> None:
-        """Count the items that were shown, whatever their score."""
-        judged = np.where(np.isfinite(scores), np.float32(0.5), scores)  # one cell an item
-        super().update(labels, judged, weights, kind, notes)
+    def _judged(self, scores: Column) -> Column:
+        return np.where(np.isfinite(scores), np.float32(0.5), scores)  # one cell an item, whatever its score
 
     def compute(self) -> float:
         """The share, from 0; nan while nothing has been seen. More than 1 says that `size` is too small."""

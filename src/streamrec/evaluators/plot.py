@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError
 from streamrec.evaluators.progressive import Window
-
-if TYPE_CHECKING:
-    from streamrec.evaluators.report import Report
 
 __all__ = ["plot_windows"]
 
@@ -32,8 +29,17 @@ _PANELS: dict[str, tuple[str, str, float | None]] = {
 }
 
 
+class Windowed(Protocol):
+    """What has windows to draw: a `Report`."""
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """The metrics over event time, oldest first."""
+        ...
+
+
 def plot_windows(
-    reports: Mapping[str, Report],
+    reports: Mapping[str, Windowed],
     path: str | PathLike[str],
     *,
     metrics: Sequence[str] = ("AUC", "NormalizedEntropy", "Calibration"),

@@ -1,13 +1,15 @@
-"""Report: how a run went, to read in a terminal or to plot."""
+"""Report: how a run went, to read in a terminal or a browser, to plot, or as JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from streamrec.evaluators.page import page_of
 from streamrec.evaluators.progressive import Window
 
 __all__ = ["Report"]
@@ -49,12 +51,36 @@ class Report:
         )
         return "\n\n".join(part for part in (*tables, ", ".join(self._pace())) if part)
 
+    def to_json(self) -> str:
+        """All of it as JSON; a metric that is undefined is null.
+
+        >>> Report({"AUC": math.nan}, {"events": 0}).to_json()
+        '{"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "seconds": 0.0, "interrupted": false}'
+        """
+        windows = [
+            {"start": one.start, "end": one.end, "count": one.count, "metrics": _plain(one.metrics)}
+            for one in self.windows
+        ]
+        whole = {"metrics": _plain(self.metrics), "counts": dict(self.counts), "windows": windows}
+        return json.dumps({**whole, "seconds": self.seconds, "interrupted": self.interrupted}, allow_nan=False)
+
+    def to_html(self, *, title: str = "Progressive validation", decisions: Sequence[Any] = ()) -> str:
+        """One page that loads nothing: the numbers, and each metric over the windows as a picture.
+
+        `decisions`: what was served and why, of `store.served.history()`.
+
+        >>> "<h1>CTR &amp; more</h1>" in Report({"AUC": 0.7}, {"events": 3}).to_html(title="CTR & more")
+        True
+        """
+        pace = ", ".join(self._pace())
+        return page_of(title, self.metrics, self.counts, self.windows, decisions, pace)
+
     def plot(self, path: str | PathLike[str], **options: Any) -> None:
         """Draw the windows into the file `path`; `options` are those of `streamrec.evaluators.plot.plot_windows`.
 
         Needs matplotlib: `pip install "streamrec[plot]"`. Raises `ConfigError` where no window can be drawn.
         """
-        from streamrec.evaluators.plot import plot_windows
+        from streamrec.evaluators.plot import plot_windows  # matplotlib is an extra
 
         plot_windows({"": self}, path, **options)
 
@@ -65,6 +91,10 @@ class Report:
             if self.counts.get("events"):
                 said.append(f"{self.counts['events'] / self.seconds:,.0f} events/s")
         return [*said, "interrupted"] if self.interrupted else said
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _measure(value: float) -> str:

@@ -1,0 +1,112 @@
+"""A report as one HTML page that needs nothing else: numbers, and pictures of the metrics over event time in SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from html import escape
+from typing import Any
+
+from streamrec.evaluators.progressive import Window
+
+__all__ = ["page_of"]
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 190, 62, 22
+_STYLE = """body{font:14px/1.5 system-ui,sans-serif;color:#1e293b;max-width:900px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.3rem}h2{font-size:1rem;margin:1.6rem 0 .3rem}table{border-collapse:collapse}
+td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #e2e8f0}
+td.n{text-align:right;font-variant-numeric:tabular-nums}svg{display:block;width:100%;height:auto}
+text{font-size:11px;fill:#64748b}.muted{color:#64748b}"""
+
+
+def page_of(
+    title: str,
+    metrics: Mapping[str, float],
+    counts: Mapping[str, int],
+    windows: Sequence[Window],
+    decisions: Sequence[Any],
+    pace: str,
+) -> str:
+    """The page. `decisions`: of `store.served.history()`, with `version`, `why` and `created`."""
+    whole = {name: value for name, value in metrics.items() if "=" not in name}
+    sliced = {name: value for name, value in metrics.items() if "=" in name}
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="muted">{escape(pace)}</p>' if pace else "",
+        _table("Metrics", {name: _told(value) for name, value in whole.items()}),
+        *(_picture(name, windows) for name in whole),
+        _table("Slices", {name: _told(value) for name, value in sliced.items()}),
+        _table("What became of the events", {name: f"{count:,}" for name, count in counts.items() if count}),
+        _history(decisions),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _told(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:,.4f}"
+
+
+def _table(heading: str, rows: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(f'<tr><td>{escape(name)}</td><td class="n">{escape(told)}</td></tr>' for name, told in rows.items())
+    return f"<h2>{escape(heading)}</h2><table>{lines}</table>"
+
+
+def _history(decisions: Sequence[Any]) -> str:
+    if not decisions:
+        return ""
+    lines = "".join(
+        f"<tr><td>{_when(one.created)}</td><td>{'newest' if one.version is None else one.version}</td>"
+        f"<td>{escape(one.why)}</td></tr>"
+        for one in decisions
+    )
+    return f"<h2>What was served</h2><table><tr><th>decided</th><th>version</th><th>why</th></tr>{lines}</table>"
+
+
+def _when(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, OSError, ValueError):  # a time that no calendar has
+        return f"{seconds:.0f} s"
+
+
+def _picture(name: str, windows: Sequence[Window]) -> str:
+    """One metric over event time; nothing where fewer than two windows tell of it."""
+    points = [
+        ((window.start + window.end) / 2, value)
+        for window in windows
+        if math.isfinite(value := window.metrics.get(name, math.nan))
+    ]
+    if len(points) < 2:
+        return ""
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    slack = max((high - low) * 0.08, abs(high) * 0.001, 1e-9)
+    low, high = low - slack, high + slack
+    first, last = points[0][0], points[-1][0]
+    across, up = _WIDTH - _LEFT - 10, _HEIGHT - _BOTTOM - 10
+
+    def place(time: float, value: float) -> str:
+        x = _LEFT + across * (time - first) / (last - first)
+        return f"{x:.1f},{10 + up * (high - value) / (high - low):.1f}"
+
+    line = " ".join(place(*point) for point in points)
+    grid = []
+    for step in range(4):
+        value = low + (high - low) * (step + 0.5) / 4
+        y = float(place(first, value).split(",")[1])
+        grid.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y}" y2="{y}" stroke="#e2e8f0"/>'
+            f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.4g}</text>'
+        )
+    return (
+        f'<h2>{escape(name)}</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name)}">'
+        f'{"".join(grid)}<polyline fill="none" stroke="#2563eb" stroke-width="1.5" points="{line}"/>'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{_when(first)}</text>'
+        f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 4}" text-anchor="end">{_when(last)} UTC, event time</text></svg>'
+    )

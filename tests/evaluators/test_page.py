@@ -1,0 +1,90 @@
+"""A report as a page and as JSON: all that it says, nothing loaded, nothing that could be taken for markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from typing import NamedTuple
+
+import streamrec as sr
+from streamrec.evaluators import Window
+
+
+class Decision(NamedTuple):
+    version: int | None
+    why: str
+    created: float
+
+
+WINDOWS = [
+    Window(100.0 * n, 100.0 * (n + 1), 10, {"AUC": 0.7 + n / 100, "CTR": math.nan if n else 0.1}) for n in range(4)
+]
+REPORT = sr.Report(
+    {"AUC": 0.71, "CTR": 0.1, "NE": math.nan, "AUC[country=<b>GB]": 0.6},
+    {"events": 40, "late": 3, "early": 0},
+    WINDOWS,
+    2.0,
+)
+
+
+class Reader(HTMLParser):
+    """What a browser would: the tags, balanced, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.lines: list[str] = []
+        self.attributes: dict[str, str | None] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.update(attrs)
+        if tag == "polyline":
+            self.lines.append(dict(attrs)["points"] or "")
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_says_all_and_loads_nothing() -> None:
+    page = REPORT.to_html(title="A & B", decisions=[Decision(2, "not worse than <1>", 1_700_000_000.0)])
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open
+    assert not {"script", "link", "img", "iframe"} & set(reader.tags) and not {"src", "href"} & set(reader.attributes)
+    assert "b" not in reader.tags  # what a slice is called is no markup
+    for said in (
+        "A &amp; B",
+        "0.7100",
+        "undefined",
+        "country=&lt;b&gt;GB",
+        "late",
+        "not worse than &lt;1&gt;",
+        "2023-11-14",
+    ):
+        assert said in page
+    assert "early" not in page
+    # one picture: of the others too few windows tell
+    (line,) = reader.lines
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert len(heights) == 4 and heights == sorted(heights, reverse=True)
+
+
+def test_an_empty_report_is_a_page_too() -> None:
+    reader = Reader()
+    reader.feed(sr.Report({}, {}).to_html())
+    assert not reader.open and "svg" not in reader.tags
+
+
+def test_json_has_all_of_it() -> None:
+    told = json.loads(REPORT.to_json())
+    assert told["metrics"]["NE"] is None and told["counts"] == dict(REPORT.counts) and told["seconds"] == 2.0
+    assert [one["metrics"]["AUC"] for one in told["windows"]] == [window.metrics["AUC"] for window in WINDOWS]
