@@ -5,17 +5,10 @@ from __future__ import annotations
 import json
 import math
 from html.parser import HTMLParser
-from typing import NamedTuple
 
 import streamrec as sr
 from streamrec.evaluators import Window
-
-
-class Decision(NamedTuple):
-    version: int | None
-    why: str
-    created: float
-
+from streamrec.storage import Store
 
 WINDOWS = [
     Window(100.0 * n, 100.0 * (n + 1), 10, {"AUC": 0.7 + n / 100, "CTR": math.nan if n else 0.1}) for n in range(4)
@@ -55,7 +48,10 @@ class Reader(HTMLParser):
 
 
 def test_the_page_says_all_and_loads_nothing() -> None:
-    page = REPORT.to_html(title="A & B", decisions=[Decision(2, "not worse than <1>", 1_700_000_000.0)])
+    store = Store("memory://page", clock=lambda: 1_700_000_000.0)
+    store.versions.write({"bias": 0.5}, {})
+    store.served.pin(1, why="not worse than <0>")
+    page = REPORT.to_html(title="A & B", decisions=store.served.history())
     reader = Reader()
     reader.feed(page)
     assert not reader.open
@@ -67,7 +63,7 @@ def test_the_page_says_all_and_loads_nothing() -> None:
         "undefined",
         "country=&lt;b&gt;GB",
         "late",
-        "not worse than &lt;1&gt;",
+        "not worse than &lt;0&gt;",
         "2023-11-14",
     ):
         assert said in page

@@ -28,7 +28,7 @@ def page_of(
     decisions: Sequence[Any],
     pace: str,
 ) -> str:
-    """The page. `decisions`: of `store.served.history()`, with `version`, `why` and `created`."""
+    """The page. `decisions`: of `store.served.history()`, with `version`, `why` and `at`."""
     whole = {name: value for name, value in metrics.items() if "=" not in name}
     sliced = {name: value for name, value in metrics.items() if "=" in name}
     parts = [
@@ -62,7 +62,7 @@ def _history(decisions: Sequence[Any]) -> str:
     if not decisions:
         return ""
     lines = "".join(
-        f"<tr><td>{_when(one.created)}</td><td>{'newest' if one.version is None else one.version}</td>"
+        f"<tr><td>{_when(one.at)}</td><td>{'newest' if one.version is None else one.version}</td>"
         f"<td>{escape(one.why)}</td></tr>"
         for one in decisions
     )
