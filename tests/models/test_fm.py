@@ -142,10 +142,9 @@ class Twin:
     ("dim", "rule", "linear"),
     [
         (4, SGD(lr=0.1, l2=0.01), SGD(lr=0.05)),
-        (4, Adagrad(lr=0.05, l2=0.01, eps=1e-6), Adagrad(lr=0.1)),
         (4, Adam(lr=0.01), Adam(lr=0.02, beta1=0.8, beta2=0.99)),
         (4, Adam(lr=0.01), Adagrad(lr=0.1, l2=0.01)),
-        (16, Adagrad(lr=0.05), SGD(lr=0.05, l2=0.1)),
+        (16, Adagrad(lr=0.05, l2=0.01, eps=1e-6), SGD(lr=0.05, l2=0.1)),
         (0, SGD(lr=0.1), Adagrad(lr=0.1)),
     ],
     ids=repr,
@@ -188,8 +187,8 @@ class McMahan:
         self.w = np.where(abs(self.z) <= self.rule.l1, 0.0, -(self.z - np.sign(self.z) * self.rule.l1) / eta)
 
 
-@pytest.mark.parametrize("dim", [0, 4])
-def test_ftrl_is_algorithm_1_of_mcmahan_2013(dim: int) -> None:
+def test_ftrl_is_algorithm_1_of_mcmahan_2013() -> None:
+    dim = 4
     rule, linear = FTRL(lr=0.15, beta=0.7, l1=0.002, l2=0.03), FTRL(lr=0.2, beta=1.0, l1=0.15, l2=0.1)
     batch, labels, weights = random_rows(200, seed=1)
     model = FM(FIELDS, dim=dim, optimizer=rule, linear_optimizer=linear, init=0.2)
@@ -221,13 +220,13 @@ def test_ftrl_is_algorithm_1_of_mcmahan_2013(dim: int) -> None:
     assert (learned[:, dim] == 0.0).tolist() == exact_zeros
 
 
-@pytest.mark.parametrize("dim", [0, 4, 16])
+@pytest.mark.parametrize("dim", [0, 4])
 def test_row_wise_adagrad_keeps_the_mean_square_of_a_rows_gradient(dim: int) -> None:
     rule = Adagrad(lr=0.1, l2=0.02, eps=1e-6, row_wise=True)
     batch, labels, weights = random_rows(200, seed=1)
-    model = FM(FIELDS, dim=dim, optimizer=rule, linear_optimizer=SGD(lr=0.1), init=0.2)
+    model = FM(FIELDS, dim=dim, optimizer=rule, linear_optimizer=PAIRS[-1][1], init=0.2)
     model.begin(batch.ids)
-    assert model.optimizer_rows.shape[1] == 1
+    assert model.optimizer_rows.shape[1] == 2
     v = model.factors.detach().double().numpy().copy()
     n = np.zeros(len(v))
     for row in range(len(batch)):

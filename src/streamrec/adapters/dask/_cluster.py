@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from distributed import Client, Future, wait
 from distributed.comm.core import CommClosedError
-from distributed.protocol.serialize import dask_deserialize, dask_serialize, pickle_dumps, pickle_loads
+from distributed.protocol.serialize import dask_serialize
 from distributed.scheduler import KilledWorker
 
 from streamrec.errors import ConfigError, StreamrecError
@@ -36,10 +36,13 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Between workers Dask takes a module of torch apart, attribute by attribute, and would send the addresses that an FM's
-# loops were given, which are those of another process there. Its own way to be copied is by `__getstate__`.
-dask_serialize.register(FM)(pickle_dumps)  # type: ignore[no-untyped-call]
-dask_deserialize.register(FM)(pickle_loads)  # type: ignore[no-untyped-call]
+
+@dask_serialize.register(FM)  # type: ignore[no-untyped-call, untyped-decorator]
+def _as_pickle(model: FM) -> Any:
+    """Between workers Dask takes a module of torch apart, attribute by attribute, and would send the addresses that an
+    FM's loops were given, which are those of another process there. Told that it cannot, it goes by `__getstate__`; and
+    a process that receives the model need not have loaded this room."""
+    raise NotImplementedError
 
 
 class ClusterError(StreamrecError):
