@@ -114,3 +114,56 @@ def test_a_state_for_a_larger_capacity_is_cut() -> None:
 def test_what_cannot_work_is_refused(ttl: float, capacity: int) -> None:
     with pytest.raises(ConfigError, match="must be"):
         Dedup(ttl=ttl, capacity=capacity)
+
+
+def test_beyond_its_memory_no_duplicate_passes_and_few_others_are_dropped() -> None:
+    error, count = 1e-2, 40_000
+    dedup = Dedup(ttl=1_000.0, capacity=1_000, beyond=count, error=error)
+    first = [shown(f"i{n}", 0.01 * n) for n in range(count)]
+    passed = dedup.push(first)
+    assert len(passed) >= (1 - 1.3 * error) * count and dedup.evicted == 0 and len(dedup) == 1_000
+    again = dedup.push([shown(one.id, 500.0) for one in passed if isinstance(one, Impression)])
+    assert again == [] and dedup.counts["duplicate"] == 1_000
+    # what is new, now that it is as full as it may be: the error that was stated, by counting
+    before = dedup.counts["probable_duplicate"]
+    tried = 100_000
+    twin = Dedup(ttl=1_000.0, capacity=1_000, beyond=count, error=error)
+    twin.load_state_dict(dedup.state_dict())
+    fresh = 0
+    for begin in range(0, tried, 500):  # each from the same memory: it must not grow
+        twin.load_state_dict(dedup.state_dict()) if begin % 5_000 == 0 else None
+        fresh += len(twin.push([shown(f"new{n}", 500.0) for n in range(begin, begin + 500)]))
+    wrong = (tried - fresh) / tried
+    assert 0 < wrong < 1.2 * error, wrong
+    assert dedup.counts["probable_duplicate"] == before
+    late = dedup.push([shown(one.id, 500.0 + 1_300.0) for one in passed if isinstance(one, Impression)])
+    assert len(late) > (1 - 1.3 * error) * len(passed)  # all has been forgotten
+
+
+def test_what_finds_no_room_beyond_is_counted() -> None:
+    dedup = Dedup(ttl=1e9, capacity=10, beyond=1_000, error=1e-3)
+    dedup.push([shown(f"i{n}", float(n)) for n in range(10_000)])
+    held = len(dedup._generations)
+    assert 1_000 <= held <= 1_600 and dedup.evicted + held + 10 == 10_000 - dedup.counts["probable_duplicate"]
+    with pytest.raises(ConfigError, match="another beyond"):
+        Dedup(ttl=1e9, capacity=10, beyond=999_999, error=1e-3).load_state_dict(dedup.state_dict())
+    with pytest.raises(ConfigError, match="has none"):
+        Dedup(ttl=1e9, capacity=10).load_state_dict(dedup.state_dict())
+
+
+@pytest.mark.parametrize(("beyond", "error"), [(-1, 0.1), (10, 0.0), (10, 1.0), (2**40, 1e-6)])
+def test_beyond_that_cannot_be(beyond: int, error: float) -> None:
+    with pytest.raises(ConfigError, match=r"beyond|error"):
+        Dedup(ttl=1.0, capacity=1, beyond=beyond, error=error)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(events, max_size=60), st.integers(1, 60), st.integers(0, 60))
+def test_beyond_is_the_same_however_the_stream_is_cut(stream: list[Event], ttl: int, cut: int) -> None:
+    whole, parts = (Dedup(ttl=float(ttl), capacity=2, beyond=4, error=0.2) for _ in range(2))
+    found = whole.push(stream)
+    kept = parts.push(stream[:cut])
+    resumed = Dedup(ttl=float(ttl), capacity=2, beyond=4, error=0.2)
+    resumed.load_state_dict(parts.state_dict())
+    assert kept + [one for event in stream[cut:] for one in resumed.push([event])] == found
+    assert resumed.counts == whole.counts and resumed.evicted == whole.evicted

@@ -13,6 +13,7 @@ from streamrec._compile import compiled
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Feedback, Impression, Labeled
 from streamrec.hashing import packed
+from streamrec.preprocessors._generations import Generations, known_by, remember_in
 from streamrec.preprocessors._keyed_rows import KEY, empty_table, find, keys_of, put, put_all, take_out
 from streamrec.protocols import State
 
@@ -20,7 +21,7 @@ __all__ = ["Dedup"]
 
 _NEVER = float("-inf")
 _ROW = np.dtype([*KEY, ("time", np.float64)])
-_FIRST, _END, _LIVE, _DUPLICATES, _EVICTED = range(5)
+_FIRST, _END, _LIVE, _DUPLICATES, _EVICTED, _PROBABLE = range(6)
 _SMALLEST = 1024
 _WITH_TIME = {Impression, Feedback}
 
@@ -40,33 +41,43 @@ class Dedup:
     (1, {'duplicate': 1})
     """
 
-    def __init__(self, *, ttl: float, capacity: int) -> None:
+    def __init__(self, *, ttl: float, capacity: int, beyond: int = 0, error: float = 1e-6) -> None:
         if not ttl > 0:
             raise ConfigError(f"ttl must be > 0 seconds of event time, got {ttl!r}")
         if capacity < 1:
             raise ConfigError(f"capacity must be >= 1 id, got {capacity!r}")
+        if beyond < 0:
+            raise ConfigError(f"beyond must be >= 0 ids, got {beyond!r}")
+        if not 1e-12 <= error < 1:
+            raise ConfigError(f"error must be a chance in [1e-12, 1), got {error!r}")
         self.ttl = ttl
         self.capacity = capacity
+        self.beyond = beyond
+        self.error = error
+        self._generations = Generations(beyond, error)
         # What is remembered, in order of arrival: a ring, from `_FIRST` to `_END` (excluded). A row with the time nan
         # has been taken out.
         self._ring: NDArray[Any] = np.zeros(_SMALLEST, dtype=_ROW)
         self._table = empty_table(_SMALLEST)
-        self._numbers = np.zeros(5, dtype=np.int64)
+        self._numbers = np.zeros(6, dtype=np.int64)
         self._newest = np.full(1, _NEVER)
 
     def __len__(self) -> int:
-        """How many ids are remembered, at most `capacity`."""
+        """How many ids are remembered exactly, at most `capacity`."""
         return int(self._numbers[_LIVE])
 
     @property
     def evicted(self) -> int:
-        """How many ids were forgotten before their time."""
-        return int(self._numbers[_EVICTED])
+        """How many ids were forgotten before their time: there was no room for them, not even in `beyond`."""
+        return int(self._numbers[_EVICTED]) + self._generations.forgotten
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """`duplicate`: events dropped."""
-        return {"duplicate": int(self._numbers[_DUPLICATES])}
+        """`duplicate`: events dropped. With `beyond`, `probable_duplicate`: those that the approximate memory knew."""
+        counts = {"duplicate": int(self._numbers[_DUPLICATES])}
+        if self.beyond:
+            counts["probable_duplicate"] = int(self._numbers[_PROBABLE])
+        return counts
 
     def push(self, events: Sequence[Event]) -> list[Event]:
         """The events that were not seen before, in order."""
@@ -83,10 +94,10 @@ class Dedup:
             times = np.array([_time(event) for event in events], dtype=np.float64)
         self._make_room(len(events))
         fresh = np.empty(len(events), dtype=np.bool_)
-        before = self._numbers[_DUPLICATES]
         remembered = self._ring, self._table, self._numbers, self._newest
-        _take(keys_of(*packed(names), len(names)), times, float(self.ttl), self.capacity, *remembered, fresh)
-        if self._numbers[_DUPLICATES] == before:
+        beyond = self._generations.bits, self._generations.times, self._generations.numbers
+        _take(keys_of(*packed(names), len(names)), times, float(self.ttl), self.capacity, *remembered, *beyond, fresh)
+        if fresh.all():
             return list(events)
         return list(compress(events, fresh.tolist()))
 
@@ -118,12 +129,23 @@ class Dedup:
             "keys": np.stack([live["high"], live["low"]], axis=1),
             "times": live["time"].copy(),
             "newest": None if self._newest[0] == _NEVER else float(self._newest[0]),
-            "evicted": self.evicted,
+            "evicted": int(self._numbers[_EVICTED]),
             "duplicate": int(self._numbers[_DUPLICATES]),
+            "probable_duplicate": int(self._numbers[_PROBABLE]),
+            "beyond": self._generations.state_dict() if self.beyond else None,
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Become what `state` was cut from. What is over this one's `capacity` is evicted."""
+        """Become what `state` was cut from. What is over this one's `capacity` is evicted.
+
+        Raises `ConfigError` where it was cut with another `beyond` or `error`.
+        """
+        beyond = state.get("beyond")
+        if beyond is not None and not self.beyond:
+            raise ConfigError("the state was cut with beyond=..., this Dedup has none: give it that of the state")
+        self._generations = Generations(self.beyond, self.error)
+        if beyond is not None:
+            self._generations.load_state_dict(beyond)
         over = max(0, len(state["times"]) - self.capacity)
         live = np.zeros(len(state["times"]) - over, dtype=_ROW)
         live["high"], live["low"] = np.asarray(state["keys"])[over:].T
@@ -132,6 +154,7 @@ class Dedup:
         self._newest[0] = _NEVER if state["newest"] is None else state["newest"]
         self._numbers[_EVICTED] = state["evicted"] + over
         self._numbers[_DUPLICATES] = state["duplicate"]
+        self._numbers[_PROBABLE] = state.get("probable_duplicate", 0)
 
 
 def _name(event: Event) -> str:
@@ -146,7 +169,18 @@ def _time(event: Event) -> float:
 
 @compiled()
 def _take(
-    keys: Any, times: Any, ttl: float, capacity: int, ring: Any, table: Any, numbers: Any, newest_seen: Any, fresh: Any
+    keys: Any,
+    times: Any,
+    ttl: float,
+    capacity: int,
+    ring: Any,
+    table: Any,
+    numbers: Any,
+    newest_seen: Any,
+    beyond: Any,
+    beyond_times: Any,
+    beyond_numbers: Any,
+    fresh: Any,
 ) -> None:
     """Say of each event whether it is `fresh`, and remember it. There must be room in the ring."""
     mask = len(ring) - 1
@@ -165,6 +199,10 @@ def _take(
             take_out(known, table, ring)
             ring[known].time = np.nan
             numbers[_LIVE] -= 1
+        elif len(beyond) and known_by(keys[n, 0], keys[n, 1], newest - ttl, beyond, beyond_times, beyond_numbers):
+            numbers[_PROBABLE] += 1
+            fresh[n] = False
+            continue
         fresh[n] = True
         if not newest - time <= ttl:
             continue  # so late that it is forgotten at once
@@ -172,8 +210,12 @@ def _take(
             while np.isnan(ring[numbers[_FIRST] & mask].time):
                 numbers[_FIRST] += 1
             first = numbers[_FIRST] & mask
-            if newest - ring[first].time <= ttl:
-                numbers[_EVICTED] += 1
+            gone = ring[first]
+            if newest - gone.time <= ttl:
+                if len(beyond):
+                    remember_in(gone.high, gone.low, gone.time, newest, ttl, beyond, beyond_times, beyond_numbers)
+                else:
+                    numbers[_EVICTED] += 1
             take_out(first, table, ring)
             numbers[_FIRST] += 1
             numbers[_LIVE] -= 1
