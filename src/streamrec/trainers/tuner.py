@@ -58,8 +58,8 @@ class Tuner:
     The size of micro-batches is no setting: it changes no bit of any result. `threads`: learners at work at a time.
     A `dim` that is new to this machine is compiled for some seconds when it is first tried: give a `Choice` of few.
 
-    Memory: that of all learners. A checkpoint holds all of them, whole. Each newcomer is a copy of the leader's table, and
-    with many ids that costs more than learning does: docs/tuning.md says how much. Raises `ConfigError`.
+    Memory: that of all learners. A checkpoint holds all of them, whole. Each newcomer is a copy of the leader's table,
+    and with many ids that costs more than learning does: docs/tuning.md says how much. Raises `ConfigError`.
 
     >>> from streamrec import FM, FTRL, Id, Impression, Labeled, OnlineTrainer, Schema, Tuner
     >>> model = FM(Schema(Id("item")), dim=4, linear_optimizer=FTRL(lr=0.002))
