@@ -33,9 +33,12 @@ class Published:
         self.trainer = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=4), store=self.store, background=False)
         self.trainer.push([sr.Labeled(one, float(n % 3 == 0)) for n, one in enumerate(SHOWN)])
         self.trainer.publish()
+        self.begin = 0
 
-    def another(self, label: float = 1.0) -> sr.storage.Version:
-        self.trainer.push([sr.Labeled(one, label) for one in SHOWN[:9]])
+    def another(self) -> sr.storage.Version:
+        """Other rows than the versions before: so that one that is left out shows."""
+        self.trainer.push([sr.Labeled(one, 1.0) for one in SHOWN[self.begin : self.begin + 8]])
+        self.begin = (self.begin + 8) % 48
         return self.trainer.publish()
 
     def scores(self) -> bytes:
