@@ -81,8 +81,11 @@ def test_what_a_poisoned_hour_taught_is_not_served(tmp_path: Path) -> None:
     alone = sr.OnlineTrainer(model=poisoned, store=tmp_path)
     alone.push(stream[12_000:])
     number = alone.publish().number
+    # a gate tries the newest version there is when a trial begins: so nothing newer may be published until then
     again = trainer(tmp_path)
+    again.checkpoint_every, again.checkpoint_seconds = 100_000, 1e9
     again.run(sr.Memory([*stream[:12_000], *events(20_000, 6_000)]))
+    assert any(f"version {number} is turned down: it is worse" in why for why in reasons(store))
     assert number not in [decision.version for decision in store.served.history()]
     assert loss_of(store, events(90_000, 2000)) <= before + 0.01
     assert served is not None

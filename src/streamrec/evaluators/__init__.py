@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamrec.evaluators.calibration import Isotonic, Platt
 from streamrec.evaluators.drift import ADWIN, PageHinkley, psi
 from streamrec.evaluators.grouped import GAUC, NDCG, Coverage, Recall
 from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
@@ -21,10 +22,12 @@ __all__ = [
     "ConversionRate",
     "Coverage",
     "Estimate",
+    "Isotonic",
     "LogLoss",
     "LossDifference",
     "NormalizedEntropy",
     "PageHinkley",
+    "Platt",
     "ProgressiveValidation",
     "Recall",
     "Report",

@@ -123,6 +123,9 @@ class FM(nn.Module):
         kinds = (rule.kind, linear.kind)
         self._row: tuple[Batch | None, NDArray[np.int64], Any] = None, np.zeros(0, dtype=np.int64), ()
         self._kernels = _kernels.kernels_of(dim, *kinds, admits, self._expires)
+        # both keep Σ g² of the linear weight last in a row; `_precision`: what a version has told of it
+        self._precise = isinstance(self.linear_optimizer, (Adagrad, FTRL))
+        self._precision: Tensor | None = None
         self._new_rows(self.ids.capacity)
 
     @property
@@ -371,6 +374,33 @@ class FM(nn.Module):
         found: NDArray[np.float32] = self._kernels.parts(*columns, pointers, texts)
         return found
 
+    def deviation(self, batch: Batch, prior: float = 1.0) -> NDArray[np.float32]:
+        """float32 `(rows,)`: how unsure the logit of each row is, as a standard deviation; of a value never learned,
+        `prior` times its number. Changes nothing.
+
+        The Laplace approximation with independent weights of Chapelle and Li 2011 (algorithm 3), of the linear weights:
+        √Σ x_i² / (1 / prior² + n_i), where their Σ x² p (1 - p) is n_i, the sum of squared gradients that Adagrad and
+        FTRL keep of a weight: by Fisher's identity both are the same on average. The factors are taken as known.
+        Raises `ConfigError` where the optimizer keeps no such sum.
+        """
+        if not prior > 0:
+            raise ConfigError(f"prior must be a standard deviation > 0, got {prior!r}")
+        if not self._precise:
+            raise ConfigError(
+                f"{self.linear_optimizer!r} keeps no sum of squared gradients: use Adagrad or FTRL as linear_optimizer"
+            )
+        where = batch.entries
+        seen = normalized(batch.values[where], batch.fields[where], self._standardize, self.statistics.cpu().numpy())
+        rows = self.ids.find(batch.ids[where])
+        known = np.zeros(len(rows))
+        for sums in (self.optimizer_rows[:, -1], self._precision):  # of what it has learned itself, and before it
+            if sums is not None:
+                there = (rows >= 0) & (rows < len(sums))
+                known[there] = np.maximum(known[there], sums[torch.from_numpy(rows[there])].cpu().numpy())
+        variance = seen.astype(np.float64) ** 2 / (1.0 / prior**2 + known)
+        row_of = np.repeat(np.arange(len(batch)), batch.ends - batch.starts)
+        return np.sqrt(np.bincount(row_of, weights=variance, minlength=len(batch))).astype(np.float32)
+
     # -- for autograd --------------------------------------------------------------------------------------------------
 
     def begin(self, ids: NDArray[np.int64]) -> None:
@@ -522,6 +552,8 @@ class FM(nn.Module):
             else:
                 self._begin_optimizers(torch.from_numpy(rows))
                 self._begin_bias()
+        if "precision" in changes and self._precision is not None:
+            self._precision = changes["precision"].applied_to(self._precision)
         expiry = changes["expiry"].values.numpy() if "expiry" in changes else math.inf
         self._load_policies(changes, rows, expiry)
         self._touched.array[rows] = CHECKPOINT | PUBLISHED
@@ -555,6 +587,14 @@ class FM(nn.Module):
             "statistics": self.statistics.clone(),
         }
         if published:
+            if self._precise:
+                if not changes:
+                    sums: Any = self.optimizer_rows[:used, -1] if live else self.optimizer_rows[:used, -1].clone()
+                elif self._is_table():
+                    sums = Changed(rows, cuts[1][:, -1].contiguous(), used)
+                else:
+                    sums = Changed(rows, self.optimizer_rows[torch.from_numpy(rows), -1], used)
+                state["precision"] = sums
             return state
         state["optimizer_rows"] = leaves[1]
         state["optimizer_bias"] = self.optimizer_bias.clone()
@@ -638,6 +678,7 @@ class FM(nn.Module):
             else:
                 self._begin_optimizers(torch.arange(used))
                 self._begin_bias()
+        self._precision = None if optimizer_rows is not None else state_dict.get(prefix + "precision")
         self._touched.array[:used] = CHECKPOINT | PUBLISHED
         expiry = state_dict.get(prefix + "expiry")
         self._load_policies(state_dict, slice(used), math.inf if expiry is None else expiry.numpy(), prefix)

@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streamrec.errors import ConfigError
+from streamrec.evaluators.calibration import Calibrator, calibrator_from
 from streamrec.events import Impression
 from streamrec.models import FM, BertCTR, BertFM
 from streamrec.preprocessors import Encoder, History
@@ -46,6 +50,11 @@ class Serving(NamedTuple):
     readers: Readers
     stages: Sequence[Any] = ()  # what the trainer's preprocessors knew when it was published
     catalogue: Catalogue | None = None
+    calibration: Calibrator | None = None
+
+    def calibrated(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The probabilities for these scores of the model, as the trainer calibrated them."""
+        return scores if self.calibration is None else self.calibration.apply(scores)
 
     @property
     def apart(self) -> bool:
@@ -106,6 +115,8 @@ class Loader:
             return Sides(schema, names)
 
         serving = Serving(version, model, Encoder(schema), sides, Readers(), _stages(version, state))
+        serving = serving._replace(calibration=_calibration(version, state))
+        serving.calibrated(np.zeros(1, dtype=np.float32))  # so that no request compiles it
         warm(model, serving.encoder, sides)
         return serving
 
@@ -123,12 +134,19 @@ class Loader:
             for missed in (*spare.missed, *changes):
                 spare.model.load_changes(missed)
             serving = before._replace(version=version, model=spare.model, readers=Readers(), catalogue=None)
-            serving = serving._replace(stages=_stages(version, states[-1]))
+            serving = serving._replace(
+                stages=_stages(version, states[-1]), calibration=_calibration(version, states[-1])
+            )
         else:
             serving = self.whole(number)
         if serving is not None and serving.version.number == version.number:
             self._spare = _Spare(before.model, weakref.ref(before.readers), changes, version.number)
         return serving
+
+
+def _calibration(version: Version, state: State) -> Calibrator | None:
+    described = version.info.get("calibration")
+    return None if described is None else calibrator_from(described, state["calibration"])
 
 
 def _stages(version: Version, state: State) -> Sequence[Any]:

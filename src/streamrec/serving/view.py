@@ -12,6 +12,7 @@ from streamrec.errors import ConfigError
 from streamrec.events import Impression
 from streamrec.models import FM, ranking
 from streamrec.preprocessors.encode import Problem
+from streamrec.protocols import Model
 from streamrec.serving._catalogue import BLOCK, Catalogue
 from streamrec.serving._loader import Serving
 from streamrec.serving.candidates import Candidate, Ranked, Shortlist, candidate_of, item_of, paired
@@ -57,7 +58,7 @@ class View:
         batch, problems = serving.encoder(serving.described(impressions))
         if problems:
             self._count(problems, 1)
-        return serving.model.predict(batch)
+        return serving.calibrated(serving.model.predict(batch))
 
     def rank(
         self,
@@ -83,7 +84,7 @@ class View:
         shared = {} if features is None else features
         now = _now(serving, time)
         if not isinstance(model, FM) or serving.apart:
-            scores = self.score([_impression(catalogue, user, one, shared, now) for one in candidates])
+            scores = self.score(self._shown(user, candidates, features, time))
             order = np.argsort(-scores, kind="stable")[:k]
             return paired((item_of(candidates[place]) for place in order.tolist()), scores[order])
         if catalogue is not None and catalogue.by_fm is not None:
@@ -92,9 +93,11 @@ class View:
                 part = self._shared(catalogue.names, user, shared, len(candidates), now)
                 order, logits = ranking.best(model, part, catalogue.by_fm.parts, places, k)
                 names: Any = candidates.items if isinstance(candidates, Shortlist) else candidates
-                return paired(map(names.__getitem__, order.tolist()), ranking.probabilities(logits))
+                return paired(map(names.__getitem__, order.tolist()), serving.calibrated(ranking.probabilities(logits)))
         order, logits = ranking.in_order(self._logits(model, user, candidates, shared, now), k)
-        return paired((item_of(candidates[place]) for place in order.tolist()), ranking.probabilities(logits))
+        return paired(
+            (item_of(candidates[place]) for place in order.tolist()), serving.calibrated(ranking.probabilities(logits))
+        )
 
     def _shared(
         self, names: frozenset[str], user: str, shared: Mapping[str, Any], times: int, now: float
@@ -202,12 +205,56 @@ class View:
         part = self._shared(catalogue.names, user, shared, 1, now)
         _, parts, codes = catalogue.by_fm
         places, logits = ranking.top(serving.model, part, parts, k, skipped, codes)
-        return places, ranking.probabilities(logits)
+        return places, serving.calibrated(ranking.probabilities(logits))
 
     @property
     def catalogue(self) -> Sequence[str]:
         """The names of the catalogue's items, in its order; none where there is no catalogue."""
         return () if self._serving.catalogue is None else self._serving.catalogue.items
+
+    def deviations(
+        self,
+        *,
+        user: str,
+        candidates: Sequence[str | Candidate],
+        features: Mapping[str, Any] | None = None,
+        time: float | None = None,
+        prior: float = 1.0,
+    ) -> NDArray[np.float32]:
+        """float32 `(n,)`: how unsure the logit of each candidate is; see `FM.deviation`. For `serving.thompson`.
+
+        Raises `ConfigError` for another model.
+        """
+        serving = self._serving
+        batch, _ = serving.encoder(serving.described(self._shown(user, candidates, features, time)))
+        return _fm(serving.model).deviation(batch, prior)
+
+    def vectors(self, candidates: Sequence[str | Candidate]) -> NDArray[np.float32]:
+        """float32 `(n, dim)`: the sum of the factors of the item and of what it brings, for `serving.diversified`.
+
+        Raises `ConfigError` for a model other than an FM.
+        """
+        serving = self._serving
+        model, catalogue = _fm(serving.model), serving.catalogue
+        if catalogue is not None and catalogue.by_fm is not None:
+            places = catalogue.find(candidates)
+            if places is not None:
+                return catalogue.by_fm.parts[places, : model.dim]
+        shown = [_impression(catalogue, "", one, {}) for one in candidates]
+        names = frozenset[str]().union(*(one.features for one in shown)) & frozenset(model.schema.names)
+        return model.parts(serving.sides(names).own(shown)[0])[:, : model.dim]
+
+    def _shown(
+        self,
+        user: str,
+        candidates: Sequence[str | Candidate],
+        features: Mapping[str, Any] | None,
+        time: float | None,
+    ) -> list[Impression]:
+        """An impression of each candidate."""
+        shared = {} if features is None else features
+        now = _now(self._serving, time)
+        return [_impression(self._serving.catalogue, user, one, shared, now) for one in candidates]
 
     def _score_catalogue(
         self, catalogue: Catalogue, user: str, shared: Mapping[str, Any], now: float
@@ -217,6 +264,12 @@ class View:
             some = catalogue.items[begin : begin + BLOCK]
             scores.append(self.score([_impression(catalogue, user, one, shared, now) for one in some]))
         return np.concatenate(scores)
+
+
+def _fm(model: Model) -> FM:
+    if not isinstance(model, FM):
+        raise ConfigError(f"this needs an FM, the version is of a {type(model).__name__}")
+    return model
 
 
 def _check(k: int | None) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
+from streamrec.evaluators.calibration import Calibrated, Calibrator, calibrator_from
 from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, piece_of, place_of
 from streamrec.hashing import uniform
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
@@ -49,6 +50,7 @@ _PATIENCE = 0.1  # seconds: how long a source that waits keeps `run` from hearin
 _USUAL = {Impression, Feedback}
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 _NO_SCORES = np.empty(0, dtype=np.float32)
+_RAW = np.dtype([("raw", np.float32)])
 _DRAWS = 0x6E656761  # seeds the choice of non-clicks, so that it is not that of anything else that hashes ids
 
 
@@ -74,6 +76,8 @@ class OnlineTrainer:
     that pays. The metrics wait for the label all the same. `archive`: an `Archive` or where to make one: every event
     that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
     `gate`: tries each version before it is served. `drift`: watches the loss of the served scores, and acts.
+    `calibration`: makes probabilities of the model's scores, and learns that from labels of the target as they come;
+    what is returned, judged and published is calibrated.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -103,6 +107,7 @@ class OnlineTrainer:
         dead_letters: DeadLetters | None = None,
         gate: Gate | None = None,
         drift: Drift | None = None,
+        calibration: Calibrator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
@@ -143,12 +148,17 @@ class OnlineTrainer:
                 raise ConfigError(f"a gate needs a model that has config() and from_config(), {model!r} has not")
             gate.attach(self._require_store(), self._published)
         self._tuner = model if isinstance(model, Tuner) else None
+        if calibration is not None and self._tuner is not None:
+            raise ConfigError("a tuner's learners are judged as they are: calibrate the model that it finds")
         self.drift = drift
         if drift is not None:
             drift.set_rate(model)
         self._judge = Judge(self.validation, gate, self._tuner, drift, target)
+        self.calibration = calibration
+        # what the model said of a held row before that was calibrated is noted last
+        kept = self._judge.notes if calibration is None else [*self._judge.notes, _RAW]
         texts = sum(isinstance(field, Text) for field in model.schema)
-        self._rows = HeldRows(texts, self._judge.notes, drawn=negatives < 1)
+        self._rows = HeldRows(texts, kept, drawn=negatives < 1)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
         self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
         if self._tuner is not None:
@@ -174,14 +184,18 @@ class OnlineTrainer:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         self._note(shown, batch, slots)
         scores = self.model.predict(batch) if self._tuner is None else self._tuner.predictions(batch)
-        self._rows.served[slots] = _served(self._keep_scores(scores, slots), shown)
+        found = self._keep_scores(scores, slots)
+        if self.calibration is not None:
+            self._rows.notes[-1]["raw"][slots] = found
+            found = self.calibration.apply(found)
+        self._rows.served[slots] = _served(found, shown)
         if self.archive is not None:
             self.archive.hold(slots, shown)
         return slots
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
         """Keep what metrics and the gate want to know of these impressions when their labels come."""
-        columns = self._rows.notes if self._tuner is None else self._rows.notes[:-1]
+        columns = self._rows.notes if self._tuner is None and self.calibration is None else self._rows.notes[:-1]
         for column, notes in zip(columns, self._judge.note(shown, batch), strict=True):
             column[slots] = notes
 
@@ -290,6 +304,12 @@ class OnlineTrainer:
         if len(todo.rows):
             scores = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)
             found = self._keep_scores(scores[todo.scored], slots)
+        if self.calibration is not None:
+            raw = self._rows.notes[-1]["raw"]
+            raw[slots] = found
+            mine = todo.judged_kinds == self._kinds[self.target]
+            labeled = (todo.judged_after[mine], todo.judged_labels[mine], raw[todo.judged_rows[mine]])
+            found = self.calibration.advance(found, *labeled, todo.judged_weights[mine])
         self._rows.served[slots] = _served(found, shown)
         if len(todo.judged_rows):
             which = todo.judged_kinds
@@ -300,7 +320,7 @@ class OnlineTrainer:
                 todo.judged_weights,
                 self._rows.times[todo.judged_rows],
                 names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
-                [column[todo.judged_rows] for column in self._rows.notes],
+                [column[todo.judged_rows] for column in self._rows.notes[: len(self._judge.notes)]],
             )
         if archive is not None and self.join is not None and closed is not None:
             archive.label(closed, self.join.kinds, self._rows.served, todo.freed)
@@ -334,6 +354,9 @@ class OnlineTrainer:
         notes = self._judge.note(shown, batch)
         if self._tuner is not None:
             notes, found = [*notes, self._tuner.noted(found)], self._tuner.served(found)
+        if self.calibration is not None:
+            mine = np.flatnonzero([kind == self.target for kind in kinds])
+            found = self.calibration.advance(found, mine + 1, labels[mine], found[mine], weights[mine])
         served = _served(found, shown)
         judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
@@ -495,6 +518,9 @@ class OnlineTrainer:
         if stages:
             info["stages"] = [{"type": type(stage).__name__, "config": stage.config()} for stage in stages]
             state["stages"] = [stage.published() for stage in stages]
+        if self.calibration is not None:
+            info["calibration"] = {"type": type(self.calibration).__name__, "config": self.calibration.config()}
+            state["calibration"] = self.calibration.state_dict()
         return Cut(state, info, base, published=True, copied=copied)
 
     @property
@@ -594,6 +620,7 @@ class OnlineTrainer:
             "dead_letters": self.dead_letters.state_dict(),
             "gate": None if self.gate is None else self.gate.state_dict(),
             "drift": None if self.drift is None else self.drift.state_dict(),
+            "calibration": None if self.calibration is None else self.calibration.state_dict(),
             "archive": None if self.archive is None else self.archive.state_dict(),
             "counts": dict(self._counts),
             "seconds": self._seconds,
@@ -604,6 +631,11 @@ class OnlineTrainer:
         if state["format"] != FORMAT:
             raise StoreError(f"the checkpoint has format {state['format']!r}, this streamrec reads format {FORMAT}")
         require_parts(state, self.preprocessors, self.join)
+        if (state.get("calibration") is None) != (self.calibration is None):
+            raise ConfigError(
+                f"the checkpoint was cut {'with' if self.calibration is None else 'without'} a calibration; "
+                "build the trainer as then, or use an empty store"
+            )
         self._checkpoints.finish()
         self._saver.forget()
         self.model.load_state_dict(state["model"])
@@ -620,17 +652,21 @@ class OnlineTrainer:
         if self.drift is not None and state.get("drift") is not None:
             self.drift.load_state_dict(state["drift"])
             self.drift.set_rate(self.model)
+        if self.calibration is not None:
+            self.calibration.load_state_dict(state["calibration"])
         if self.archive is not None and state["archive"] is not None:
             self.archive.load_state_dict(state["archive"])
         self._counts = Counter(state["counts"])
         self._seconds = state["seconds"]
         self._checkpoints.count_from(self._counts["events"])
 
-    def _published(self, number: int) -> Model:
+    def _published(self, number: int) -> Any:
         """The model of a version that this trainer has published. Raises `StoreError`."""
         version, state = self._require_store().versions.read(number)  # type: ignore[misc]  # it raises instead
         model: Model = type(self._served_model).from_config(version.info["model"]["config"])  # type: ignore[attr-defined]
         model.load_state_dict(state["model"])
+        if "calibration" in version.info:
+            return Calibrated(model, calibrator_from(version.info["calibration"], state["calibration"]))
         return model
 
     def _require_store(self) -> Store:

@@ -22,8 +22,9 @@ class Plan(NamedTuple):
 
     `rows`, `ops`, `labels`, `weights`: `(operations,)`, as `OrderedModel.step` takes them; `scored`: int64 `(scores,)`,
     where in them each impression of the push is scored. `judged_rows`, `judged_labels`, `judged_weights`,
-    `judged_kinds`: `(judged,)`, the labels to judge served scores by, their kinds as numbers. `freed`: int64, slots
-    that are free when all is done. `learned`, `sampled_out`: counts.
+    `judged_kinds`: `(judged,)`, the labels to judge served scores by, their kinds as numbers; `judged_after`: how many
+    of the scores come before each is known. `freed`: int64, slots that are free when all is done. `learned`,
+    `sampled_out`: counts.
     """
 
     rows: NDArray[np.int64]
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     judged_labels: NDArray[np.float32]
     judged_weights: NDArray[np.float32]
     judged_kinds: NDArray[np.int64]
+    judged_after: NDArray[np.int64]
     freed: NDArray[np.int64]
     learned: int
     sampled_out: int
@@ -67,25 +69,27 @@ def plan(
         return Plan(slots, ops, zeros, ones, np.arange(count), *_NONE_JUDGED, 0, 0)
     here = _NOTHING if closed is None else closed
     most = len(here) + len(slots)
-    rows, scored, judged_rows, judged_kinds, freed = np.empty((5, most), dtype=np.int64)
+    rows, scored, judged_rows, judged_kinds, judged_after, freed = np.empty((6, most), dtype=np.int64)
     labels, weights, judged_labels, judged_weights = np.empty((4, most), dtype=np.float32)
     ops = np.empty(most, dtype=np.int8)
     lay_out: Any = _lay_out  # mypy cannot follow so many unpacked arguments
     done, judged, free, learned, sampled_out = lay_out(
         *(codes, slots, here, closed is None),
         *(kinds, target, *(given or _NONE_GIVEN), draws, np.float32(negatives), early),
-        *(rows, ops, labels, weights, scored, judged_rows, judged_labels, judged_weights, judged_kinds, freed),
+        *(rows, ops, labels, weights, scored, judged_rows, judged_labels, judged_weights, judged_kinds),
+        *(judged_after, freed),
     )
     return Plan(
         *(rows[:done], ops[:done], labels[:done], weights[:done], scored[: len(slots)]),
         *(judged_rows[:judged], judged_labels[:judged], judged_weights[:judged], judged_kinds[:judged]),
+        judged_after[:judged],
         *(freed[:free], learned, sampled_out),
     )
 
 
 _NO_FLOATS, _NO_NUMBERS = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
 _NONE_GIVEN = _NO_FLOATS, _NO_FLOATS, _NO_NUMBERS, np.empty(0, dtype=np.bool_)
-_NONE_JUDGED = _NO_NUMBERS, _NO_FLOATS, _NO_FLOATS, _NO_NUMBERS, _NO_NUMBERS
+_NONE_JUDGED = _NO_NUMBERS, _NO_FLOATS, _NO_FLOATS, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS
 _NOTHING = np.empty(0, dtype=CLOSED)
 
 
@@ -113,6 +117,7 @@ def _lay_out(
     judged_labels: Any,
     judged_weights: Any,
     judged_kinds: Any,
+    judged_after: Any,
     freed: Any,
 ) -> Any:
     done = judged = free = learned = sampled_out = 0
@@ -126,6 +131,7 @@ def _lay_out(
             if kind >= 0:
                 judged_rows[judged], judged_labels[judged] = row, label
                 judged_weights[judged], judged_kinds[judged] = weight, kinds[kind]
+                judged_after[judged] = shown
                 judged += 1
                 if kind == target and not early:
                     learns = True
@@ -155,6 +161,7 @@ def _lay_out(
                 if given_kinds[known]:
                     judged_rows[judged], judged_labels[judged] = row, label
                     judged_weights[judged], judged_kinds[judged] = weight, given_kinds[known]
+                    judged_after[judged] = shown
                     judged += 1
                 known += 1
                 if learns and negatives < one and label == 0:
