@@ -133,6 +133,8 @@ def test_what_is_served_is_what_the_trainer_says_bit_for_bit(tmp_path: Any) -> N
             raw = one.model.predict(encode(SCHEMA, asked).batch)
             says = one.calibration.apply(raw)  # type: ignore[union-attr]
             assert scorer.score(asked).tobytes() == says.tobytes() != raw.tobytes()
+            gated = one._published(turn + 1)  # what a gate compares
+            assert gated.predict(encode(SCHEMA, asked).batch).tobytes() == says.tobytes()
             scores = dict(scorer.rank(user="u1", candidates=items))
             shown = [sr.Impression("", 0.0, "u1", item) for item in items]
             assert list(map(scores.get, items)) == pytest.approx(scorer.score(shown).tolist(), abs=1e-5)
