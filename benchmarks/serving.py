@@ -86,8 +86,8 @@ def wrong(answers: Sequence[Answer], asked: Sequence[Any], store: sr.Store) -> t
     return failed, mixed
 
 
-def publish(uri: str, seconds: float, every: float | None, started: Any, seed: int = 0) -> None:
-    """A trainer: a version at first, and one `every` so many seconds, after 1,000 events each."""
+def publish(uri: str, every: float | None, started: Any, ended: Any, seed: int = 0) -> None:
+    """A trainer: a version at first, and one `every` so many seconds, after 1,000 events each, until `ended` is set."""
     import torch
 
     torch.set_num_threads(1)
@@ -102,10 +102,8 @@ def publish(uri: str, seconds: float, every: float | None, started: Any, seed: i
 
     learn(2 * USERS)
     started.set()
-    ends, turn = time.monotonic() + seconds, 1
-    begun = time.monotonic()
-    while every is not None and time.monotonic() < ends:
-        time.sleep(max(0.0, begun + turn * every - time.monotonic()))
+    begun, turn = time.monotonic(), 1
+    while every is not None and not ended.wait(max(0.0, begun + turn * every - time.monotonic())):
         learn(1000)
         turn += 1
 
@@ -129,8 +127,8 @@ def once(seconds: float, clients: int, pause: float, every: float | None) -> lis
     spawn = multiprocessing.get_context("spawn")
     asked = requests()
     with tempfile.TemporaryDirectory() as folder:
-        started, port = spawn.Event(), spawn.Value("i", 0)
-        trainer = spawn.Process(target=publish, args=(folder, 600.0 + seconds, every, started), daemon=True)
+        started, ended, port = spawn.Event(), spawn.Event(), spawn.Value("i", 0)
+        trainer = spawn.Process(target=publish, args=(folder, every, started, ended), daemon=True)
         trainer.start()
         started.wait()
         service = spawn.Process(target=serve, args=(folder, port, 0.1), daemon=True)
