@@ -142,11 +142,13 @@ def cost(client: Any, work: Callable[[], object]) -> Cost:
 
 def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions: int = 3) -> None:
     """Print the medians and their ratios."""
+    import pyarrow
     from distributed import Client, LocalCluster
 
     from streamrec.adapters import dask
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the workers; here nothing runs on torch
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the workers, Arrow's own threads among them
+    pyarrow.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = write_archive(folder, shown)

@@ -51,7 +51,7 @@ def main(folder: str) -> None:
         print(f"{rows.counts['events']:,} events made {len(rows):,} rows in {len(rows.parts)} files")
 
         batch = sr.BatchTrainer(model=sr.FM(schema, dim=8), epochs=5, validation=0.1, store=f"{folder}/store")
-        print(batch.run(rows), "\n")
+        print(dask.fit(client, batch, rows), "\n")  # a copy on each worker, merged as they go
 
         judged = dask.evaluate(client, f"{folder}/store", rows, metrics=[sr.AUC(), sr.NormalizedEntropy()])
         print(f"over all rows, by the workers: AUC {judged.metrics['AUC']:.4f}")

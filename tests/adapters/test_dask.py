@@ -354,7 +354,9 @@ def test_a_task_that_never_ends_is_a_clear_error(client: Any, tmp_path: Path) ->
         flag.touch()
 
 
-def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_lost_scheduler_and_one_without_workers_are_clear_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = tmp_path / "scheduler.json"
     quiet = subprocess.DEVNULL
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
@@ -369,6 +371,10 @@ def test_a_lost_scheduler_is_a_clear_error(tmp_path: Path) -> None:
             time.sleep(0.05)
         with distributed.Client(scheduler_file=str(where), set_as_default=False) as client:
             archive = write(tmp_path, make_stream(2, 50), files=1)
+            with monkeypatch.context() as patched:
+                patched.setattr("streamrec.adapters.dask._cluster.NOBODY", 0.5)
+                with pytest.raises(dask.ClusterError, match="the cluster has had no worker"):
+                    dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema)
             killer = threading.Timer(1.0, scheduler.kill)  # nobody works there: the task waits
             killer.start()
             with pytest.raises(dask.ClusterError, match="the scheduler is lost"):

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 import streamrec as sr
+from streamrec.batch import LabeledRows
+from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from streamrec.testing._state import copy_state, first_difference
 from streamrec.trainers import Dense
+from tests.models.tiny_bert import tiny_bert
 from tests.trainers.test_dense import ROWS, SCHEMA, Hybrid, Net, adam, rows_of, shown
 
 distributed = pytest.importorskip("distributed")
@@ -63,6 +66,54 @@ def test_ranks_learn_what_one_process_learns(client: Any, rows: sr.EncodedRows, 
     assert first_difference(state, copy_state(together.model.state_dict())) is None
     stream = sr.OnlineTrainer(model=again.model)
     assert np.isfinite(stream.push(shown(50, seed=3))).all()
+
+
+TEXTS = sr.Schema(sr.Text("query"), sr.Text("title"))
+
+
+class Cross(torch.nn.Module):
+    """A pretrained BERT that reads query and title together."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.schema = TEXTS
+        torch.manual_seed(0)  # of the head, which the checkpoint lacks
+        self.bert = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def forward(self, batch: sr.Batch) -> torch.Tensor:
+        pairs = [[batch.texts[ref] if ref >= 0 else "" for ref in refs] for refs in batch.text_refs]
+        queries, titles = zip(*pairs, strict=True)
+        tokens = self.tokenizer([*queries], [*titles], padding=True, return_tensors="pt").to(self.bert.device)
+        logits: torch.Tensor = self.bert(**tokens).logits[:, 0]  # (rows,)
+        return logits
+
+
+def test_ranks_fine_tune_a_bert_as_one_process_does(client: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "wine", "glass", "bag", "clock"]
+    drawn = rng.integers(0, len(words), (120, 2))
+    examples = [
+        sr.Impression(f"i{n}", 1000.0 + n, "u", "p", {"query": words[one], "title": f"{words[other]} with a heart"})
+        for n, (one, other) in enumerate(drawn)
+    ]
+    labels = (drawn[:, 0] == drawn[:, 1]).astype(np.float32)
+    rows = LabeledRows(encode(TEXTS, examples).batch, labels, np.ones_like(labels))
+    commit_rows(str(tmp_path), TEXTS, [write_part(str(tmp_path), "part", [rows])])
+    folder = tiny_bert(tmp_path / "bert")
+    settings: dict[str, Any] = {"epochs": 1, "window": 50, "shuffle": False, "validation": 0.2}
+    together = trainer(tmp_path / "two", Cross(folder), **settings)
+    alone = trainer(tmp_path / "one", Cross(folder), accumulate=2, **settings)
+    before = copy_state(together.model.state_dict())
+    # dropout and all: it is drawn for each part of a step, whoever computes it
+    report = dask.fit(client, together, str(tmp_path), copies=2)  # which compares the ranks' weights, and raises
+    expected = alone.run(sr.EncodedRows(str(tmp_path)))
+    assert report.counts["learned"] == expected.counts["learned"] == 96
+    assert report.metrics == pytest.approx(expected.metrics, rel=1e-3)
+    assert_close(together, alone)
+    assert first_difference(copy_state(together.model.state_dict()), before) is not None
 
 
 class Trapped(Net):

@@ -36,6 +36,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+NOBODY = 300.0
+"""Seconds in which a cluster that has no workers, for its last one died or none has come yet, may get one."""
+
 
 @dask_serialize.register(FM)  # type: ignore[no-untyped-call, untyped-decorator]
 def _as_pickle(model: FM) -> Any:
@@ -139,7 +142,7 @@ def ended(
     client: Client, futures: Sequence[Future[Any]], *, timeout: float, at_most: float = math.inf
 ) -> list[Future[Any]]:
     """Those that have ended, one at least, unless that takes longer than `at_most` seconds. Raises `ClusterError`."""
-    begun = time.monotonic()
+    begun = peopled = time.monotonic()
     while True:
         with told(client):
             try:
@@ -152,9 +155,16 @@ def ended(
             raise lost_scheduler(client)
         if time.monotonic() > begun + at_most:
             return []
+        with told(client):
+            workers = len(client.nthreads())  # type: ignore[no-untyped-call]
+        if workers:
+            peopled = time.monotonic()
+        elif time.monotonic() > peopled + NOBODY:
+            raise ClusterError(
+                f"the cluster has had no worker for {NOBODY:.0f} s: see in the logs why they died, or start some, and "
+                "call again"
+            )
         if time.monotonic() > begun + timeout:
-            with told(client):
-                workers = len(client.scheduler_info()["workers"])
             raise ClusterError(
                 f"no task has ended in {timeout:.0f} s, with {workers} workers; see what they do in the dashboard, add "
                 "workers, or raise timeout"
