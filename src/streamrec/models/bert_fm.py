@@ -72,7 +72,8 @@ class BertFM(FM):
     which is the model's state.
 
     `texts`: a `TextCache`, or any `Vectors`. `taste`: what users clicked is a text field too, and how similar the row's
-    text is to it counts by a weight of its own; None: not. `text_optimizer`: of projections, an `Adagrad` that
+    text is to it counts by a weight of its own; None: not. A click that no impression was shown for is told by a row of
+    label 1 and weight 0, which moves tastes and means alone. `text_optimizer`: of projections, an `Adagrad` that
     remembers one number a factor (so `l2` must be 0, and `row_wise` makes no difference). Everything else as in `FM`.
 
     A checkpoint or published version holds no vectors, but which encoder they came from: `config()` refers to it by its
