@@ -164,6 +164,29 @@ def test_more_than_may_be_held_is_written_before_the_checkpoint(tmp_path: Path, 
     assert contents(folder) == whole
 
 
+def test_what_found_no_room_on_the_disk_is_written_with_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, left = module.Archive._put_bytes, [1]
+
+    def failing(self: Any, name: str, content: Any) -> None:
+        if name.startswith("events") and left:
+            left.clear()
+            raise StoreError("no room")
+        put(self, name, content)
+
+    monkeypatch.setattr(module.Archive, "_put_bytes", failing)
+    archive = sr.Archive(tmp_path / "archive", most=3)
+    shown = [sr.Impression(f"i{n}", START + n, "u1", "p1") for n in range(8)]
+    with pytest.raises(StoreError, match="no room"):
+        archive.add(shown[:4])
+    archive.add(shown[4:])
+    archive.cut()
+    archive.write()
+    archive.commit(1, 1)
+    assert everything(archive.read("events")) == shown
+
+
 class Offer(sr.Impression, frozen=True, tag="offer"):
     """An impression of a user's own kind."""
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
 from streamrec.protocols import State
-from streamrec.storage._archive_columns import DATASETS, Rows, arrow, of_dataset
+from streamrec.storage._archive_columns import DATASETS, arrow, of_dataset
+from streamrec.storage._archive_files import File, Manifest, Unwritten, covers, folder_of, of_others
 from streamrec.storage._archive_rows import ArchivedRows
 from streamrec.storage._folders import folder
 
@@ -35,59 +36,6 @@ _REPEATING = {"type", "user", "item", "kind"}
 _ORDERED = {"time", "number"}
 _AT_ONCE = 4  # files that are written
 _MOST_BYTES = 1 << 29  # of text held between checkpoints
-
-
-class _File(msgspec.Struct, frozen=True, array_like=True):
-    """A file of rows of the parts `first` to `last`, in the order in which they came."""
-
-    name: str
-    dataset: str
-    hour: int
-    first: int
-    last: int
-    rows: int
-
-
-class _Unwritten(NamedTuple):
-    """Rows, and the files that they are for, in the order of their hours.
-
-    `order`: int64 `(rows,)`, theirs by hour; None where they came so. `ends`: how many rows are in the files up to
-    each.
-    """
-
-    rows: Rows
-    names: list[_File]
-    order: NDArray[np.int64] | None
-    ends: list[int]
-
-    @classmethod
-    def of(cls, rows: Rows, part: int, chunk: int) -> _Unwritten:
-        """Rows of a part, `chunk` files of which are written."""
-        hours, order = rows.hours(), None
-        if (hours[1:] < hours[:-1]).any():
-            order = np.argsort(hours, kind="stable")
-            hours = hours[order]
-        each, counts = np.unique(hours, return_counts=True)
-        dataset, last = rows.dataset, f"part-{part:010d}-{chunk:04d}.parquet"
-        files = [
-            _File(f"{_folder(dataset, hour)}{last}", dataset, hour, part, part, count)
-            for hour, count in zip(each.tolist(), counts.tolist(), strict=True)
-        ]
-        return cls(rows, files, order, np.cumsum(counts).tolist())
-
-    def tables(self) -> Iterator[tuple[_File, Any]]:
-        """The columns of each file."""
-        table = self.rows.table()
-        if self.order is not None:
-            table = table.take(self.order)
-        for file, end in zip(self.names, self.ends, strict=True):
-            yield file, table.slice(end - file.rows, file.rows)
-
-
-class _Manifest(msgspec.Struct):
-    format: int
-    part: int
-    files: list[_File]
 
 
 class Archive:
@@ -123,10 +71,10 @@ class Archive:
         self._fs, root = url_to_fs(self.uri)
         self._root = str(root).rstrip("/")
         self._part = 0  # cut so far
-        self._spilled: list[_File] = []
+        self._spilled: list[File] = []
         self._names = np.empty(512, dtype=object)  # ids of open impressions, by slot
-        self._cuts: dict[int, list[_File]] = {}  # cut, and not known to be in the manifest
-        self._unwritten: list[_Unwritten] = []
+        self._cuts: dict[int, list[File]] = {}  # cut, and not known to be in the manifest
+        self._unwritten: list[Unwritten] = []
         self._begun = False
         self._hold_none(dict.fromkeys(DATASETS, 0))
 
@@ -200,15 +148,22 @@ class Archive:
         if sum(map(len, rows)) >= self.most or sum(one.size for one in rows) >= _MOST_BYTES:
             if not self._begun:
                 self.begin()
+            failed: StoreError | None = None
             for unwritten in self._take(self._part + 1):
                 self._spilled += unwritten.names
-                self._write(unwritten)
+                try:
+                    self._write(unwritten)
+                except StoreError as error:  # its file is one of the part: it is written with the others
+                    self._unwritten.append(unwritten)
+                    failed = error
+            if failed is not None:
+                raise failed
 
-    def _take(self, part: int) -> list[_Unwritten]:
+    def _take(self, part: int) -> list[Unwritten]:
         """What is held, as files of a part."""
         taken = [one for one in self._rows.values() if len(one)]
         self._hold_none({name: self._counted[name] + len(rows) for name, rows in self._rows.items()})
-        return [_Unwritten.of(rows, part, len(self._spilled)) for rows in taken]
+        return [Unwritten.of(rows, part, len(self._spilled)) for rows in taken]
 
     def cut(self) -> int:
         """End a part, and return its number. Nothing may be under way of `write` and `commit`."""
@@ -242,7 +197,7 @@ class Archive:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def _write(self, unwritten: _Unwritten) -> None:
+    def _write(self, unwritten: Unwritten) -> None:
         with ThreadPoolExecutor(_AT_ONCE) as threads:  # a disk or a bucket makes each wait, and not for the others
             done = [threads.submit(self._put, file.name, table) for file, table in unwritten.tables()]
         for one in done:
@@ -272,25 +227,25 @@ class Archive:
         except OSError as error:
             raise StoreError(f"cannot write {name} to {self.uri}: {error}") from error
 
-    def _manifest(self) -> _Manifest:
+    def _manifest(self) -> Manifest:
         place = folder(self.uri, _FOLDER)
         try:
             if not place.exists(_MANIFEST):
-                return _Manifest(FORMAT, 0, [])
-            found = msgspec.json.decode(place.read(_MANIFEST).tobytes(), type=_Manifest)
+                return Manifest(FORMAT, 0, [])
+            found = msgspec.json.decode(place.read(_MANIFEST).tobytes(), type=Manifest)
         except (OSError, msgspec.DecodeError) as error:
             raise StoreError(f"cannot read {_MANIFEST} of {self.uri}: {error}") from error
         if found.format != FORMAT:
             raise StoreError(f"{self.uri} has format {found.format!r}, this streamrec reads format {FORMAT}")
         return found
 
-    def _save(self, manifest: _Manifest) -> None:
+    def _save(self, manifest: Manifest) -> None:
         self._put_bytes(f"{_FOLDER}/{_MANIFEST}", msgspec.json.encode(manifest))
 
-    def _put_together(self, manifest: _Manifest, needed: int) -> None:
+    def _put_together(self, manifest: Manifest, needed: int) -> None:
         """Make one file of the many of an hour whose parts no checkpoint needs apart."""
         pa = arrow()
-        groups: dict[tuple[str, int], list[_File]] = defaultdict(list)
+        groups: dict[tuple[str, int], list[File]] = defaultdict(list)
         for file in manifest.files:
             if file.last <= needed:
                 groups[file.dataset, file.hour].append(file)
@@ -301,10 +256,10 @@ class Archive:
                 continue
             table = pa.concat_tables([self._table(one.name) for one in small])
             first, last = small[0].first, small[-1].last
-            name = f"{_folder(dataset, hour)}parts-{first:010d}-{last:010d}.parquet"
+            name = f"{folder_of(dataset, hour)}parts-{first:010d}-{last:010d}.parquet"
             self._put(name, table)
             gone |= {one.name for one in small}
-            manifest.files.append(_File(name, dataset, hour, first, last, table.num_rows))
+            manifest.files.append(File(name, dataset, hour, first, last, table.num_rows))
         if gone:
             manifest.files = [one for one in manifest.files if one.name not in gone]
             self._save(manifest)
@@ -335,7 +290,7 @@ class Archive:
         `dask.dataframe.read_parquet(archive.files("events"))`, pandas or any other reader."""
         return [str(self._fs.unstrip_protocol(f"{self._root}/{one.name}")) for one in self._files(dataset)]
 
-    def _files(self, dataset: str) -> list[_File]:
+    def _files(self, dataset: str) -> list[File]:
         if dataset not in DATASETS:
             raise ConfigError(f"there is no dataset {dataset!r}: choose from {', '.join(DATASETS)}")
         files = [one for one in self._manifest().files if one.dataset == dataset]
@@ -374,7 +329,7 @@ class Archive:
         files, gone = [], []
         for file in manifest.files:
             table = self._table(file.name)
-            kept = _of_others(file.dataset, table, user, ids)
+            kept = of_others(file.dataset, table, user, ids)
             if kept.all():
                 files.append(file)
                 continue
@@ -416,8 +371,8 @@ class Archive:
         if mixed:
             raise StoreError(f"{self.uri} holds rows from after the checkpoint in {mixed[0].name}: use another archive")
         known = {one.name for one in manifest.files}
-        missing = msgspec.json.decode(state["files"], type=list[_File])
-        missing = [one for one in missing if one.name not in known and not any(_covers(x, one) for x in manifest.files)]
+        missing = msgspec.json.decode(state["files"], type=list[File])
+        missing = [one for one in missing if one.name not in known and not any(covers(x, one) for x in manifest.files)]
         lost = [one.name for one in missing if not self._fs.exists(f"{self._root}/{one.name}")]
         if lost:
             raise StoreError(f"{self.uri} lacks {lost[0]}, which the checkpoint knows: bring it back, or begin anew")
@@ -443,28 +398,3 @@ class Archive:
                 "archive, or bring the store back"
             )
         self._begun = True
-
-
-def _covers(whole: _File, part: _File) -> bool:
-    return (whole.dataset, whole.hour) == (part.dataset, part.hour) and whole.first <= part.first <= whole.last
-
-
-def _folder(dataset: str, hour: int) -> str:
-    if dataset == "dead":
-        return "dead/"
-    date = str(np.datetime64(hour // 24, "D"))
-    return f"{dataset}/date={date}/hour={hour % 24:02d}/"
-
-
-def _of_others(dataset: str, table: Any, user: str, ids: Collection[str]) -> NDArray[np.bool_]:
-    """Which rows are not this user's."""
-    if dataset == "dead":
-        raw = user.encode("utf-8", "surrogatepass")
-        columns = table.to_pydict()
-        rows = zip(columns["raw"], columns["reason"], columns["position"], strict=True)
-        return np.array([raw not in one and user not in why and user not in where for one, why, where in rows], bool)
-    own = table.column("impression_id").to_pylist()
-    kept = np.array([id not in ids for id in own], dtype=bool)
-    if dataset == "events":
-        kept &= np.array([id not in ids for id in table.column("id").to_pylist()], dtype=bool)
-    return kept
