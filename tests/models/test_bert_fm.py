@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import torch
 
 import streamrec as sr
 from streamrec.errors import ConfigError, SchemaError
+from streamrec.events import encode_event
 from streamrec.models import BertFM, Taste
 from streamrec.preprocessors import encode
 from streamrec.testing import check_model
@@ -237,6 +243,65 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been() -> None:
             for one in (whole, again)
         ]
         assert first_difference(*states) is None
+
+
+def test_a_click_elsewhere_is_told_by_a_row_of_weight_0() -> None:
+    model = made()
+    model.learn(BATCH, LABELS)
+    before = copy_state(model.state_dict())
+    told = encode(SCHEMA, [sr.Impression("", 0.0, "newcomer", "p1", {"title": "red wine"})]).batch
+    model.learn(told, np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32))
+    after = copy_state(model.state_dict())
+    for name in ("projections", "text_weights", "similarity", "text_memory"):
+        assert before[name].tolist() == after[name].tolist(), name
+    assert after["seen"][0] == before["seen"][0] + 1
+    assert model._tastes_of(told)[1].tolist() == [True]
+
+
+def test_an_archive_first_and_then_the_stream() -> None:
+    whole = sr.OnlineTrainer(model=made())
+    whole.run(sr.Memory(labeled(120)))
+    batch = sr.BatchTrainer(model=made(), window=37)
+    batch.run(sr.JoinedEvents(sr.Memory(labeled(70)), schema=SCHEMA))
+    online = sr.OnlineTrainer(model=batch.model)
+    online.run(sr.Memory(labeled(120)[70:]))
+    states = [copy_state(one.model.state_dict()) for one in (whole, online)]
+    assert first_difference(*states) is None
+
+
+CHILD = """
+import sys, time
+import streamrec as sr
+from tests.models.test_bert_fm import made
+
+class Slow(sr.JsonLines):
+    def read(self, limit):
+        time.sleep(0.02)  # so that there is something left to kill
+        return super().read(limit)
+
+log, store = sys.argv[1:]
+trainer = sr.OnlineTrainer(model=made(), store=store, batch_size=1, checkpoint_every=5, checkpoint_seconds=1e9)
+trainer.run(Slow(log))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    log, store = tmp_path / "log.jsonl", tmp_path / "store"
+    log.write_bytes(b"".join(encode_event(one) + b"\n" for one in labeled(400)))
+    command = [sys.executable, "-c", CHILD, str(log), str(store)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]) as child:
+        while len([*(store / "checkpoints").glob("*.json")]) < 2 and child.poll() is None:
+            time.sleep(0.002)
+        child.kill()
+        error = child.communicate()[1]
+    assert child.returncode == -signal.SIGKILL, error
+    again, whole = sr.OnlineTrainer(model=made(), store=store), sr.OnlineTrainer(model=made())
+    again.run(sr.JsonLines(log))
+    whole.run(sr.JsonLines(log))
+    assert whole.report().counts["events"] == 400
+    states = [copy_state(one.model.state_dict()) for one in (whole, again)]
+    assert first_difference(*states) is None
 
 
 def test_a_scorer_finds_the_encoder_by_what_the_version_refers_to(tmp_path: Path) -> None:
