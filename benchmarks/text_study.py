@@ -406,9 +406,9 @@ def draw(studies: Mapping[str, Mapping[str, Mapping[str, NDArray[np.float64]]]],
             axes.errorbar(middle, places + lift, xerr=np.abs(ends.T - middle), fmt="o", color=colour, label=label)
         axes.set_yticks(places, list(models))
         axes.set_title(stream)
-        axes.set_xlabel("AUC, progressive validation, 95 % interval")
         axes.grid(axis="x", alpha=0.3)
-    panels[0].legend(loc="best", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.supxlabel("AUC, progressive validation, 95 % interval", fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
