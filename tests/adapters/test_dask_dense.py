@@ -14,6 +14,7 @@ import torch
 
 import streamrec as sr
 from streamrec.batch import LabeledRows
+from streamrec.models.tuning import AdamW
 from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from streamrec.testing._state import copy_state, first_difference
@@ -71,26 +72,6 @@ def test_ranks_learn_what_one_process_learns(client: Any, rows: sr.EncodedRows, 
 TEXTS = sr.Schema(sr.Text("query"), sr.Text("title"))
 
 
-class Cross(torch.nn.Module):
-    """A pretrained BERT that reads query and title together."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        self.schema = TEXTS
-        torch.manual_seed(0)  # of the head, which the checkpoint lacks
-        self.bert = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def forward(self, batch: sr.Batch) -> torch.Tensor:
-        pairs = [[batch.texts[ref] if ref >= 0 else "" for ref in refs] for refs in batch.text_refs]
-        queries, titles = zip(*pairs, strict=True)
-        tokens = self.tokenizer([*queries], [*titles], padding=True, return_tensors="pt").to(self.bert.device)
-        logits: torch.Tensor = self.bert(**tokens).logits[:, 0]  # (rows,)
-        return logits
-
-
 def test_ranks_fine_tune_a_bert_as_one_process_does(client: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["red", "blue", "wine", "glass", "bag", "clock"]
@@ -103,17 +84,23 @@ def test_ranks_fine_tune_a_bert_as_one_process_does(client: Any, tmp_path: Path)
     rows = LabeledRows(encode(TEXTS, examples).batch, labels, np.ones_like(labels))
     commit_rows(str(tmp_path), TEXTS, [write_part(str(tmp_path), "part", [rows])])
     folder = tiny_bert(tmp_path / "bert")
-    settings: dict[str, Any] = {"epochs": 1, "window": 50, "shuffle": False, "validation": 0.2}
-    together = trainer(tmp_path / "two", Cross(folder), **settings)
-    alone = trainer(tmp_path / "one", Cross(folder), accumulate=2, **settings)
-    before = copy_state(together.model.state_dict())
+    settings: dict[str, Any] = {"epochs": 1, "window": 50, "validation": 0.2}
+
+    def tuned(store: str, **optimizer: Any) -> sr.BatchTrainer:
+        steps = AdamW(lr=1e-3, batch_size=32, **optimizer)
+        return sr.BatchTrainer(model=sr.BertCTR(TEXTS, folder, optimizer=steps), store=tmp_path / store, **settings)
+
+    together, alone = tuned("two"), tuned("one", micro_batch=16)
+    before = copy_state(together.model.state_dict())["weights"]
     # dropout and all: it is drawn for each part of a step, whoever computes it
     report = dask.fit(client, together, str(tmp_path), copies=2)  # which compares the ranks' weights, and raises
     expected = alone.run(sr.EncodedRows(str(tmp_path)))
-    assert report.counts["learned"] == expected.counts["learned"] == 96
+    assert report.counts["learned"] == expected.counts["learned"] == 96 and together.model.steps == 3
     assert report.metrics == pytest.approx(expected.metrics, rel=1e-3)
-    assert_close(together, alone)
-    assert first_difference(copy_state(together.model.state_dict()), before) is not None
+    weights = together.model.state_dict()["weights"]
+    for name, value in alone.model.state_dict()["weights"].items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+    assert first_difference(copy_state(weights), before) is not None
 
 
 class Trapped(Net):
@@ -193,7 +180,7 @@ def test_ranks_that_end_otherwise_are_a_clear_error(client: Any, rows: sr.Encode
 
 def test_what_dense_training_refuses(client: Any, rows: sr.EncodedRows, tmp_path: Path) -> None:
     for given, settings, message in (
-        (sr.BatchTrainer(model=sr.FM(SCHEMA), store=tmp_path), {}, "the model must be a Dense, got a FM"),
+        (sr.BatchTrainer(model=sr.FM(SCHEMA), store=tmp_path), {}, "the model must be a Dense or a BertCTR, got a FM"),
         (sr.BatchTrainer(model=Dense(Net(), optimizer=adam)), {}, "give the trainer a store"),
         (trainer(tmp_path), {"ranks": 0}, "ranks must be >= 1"),
         (trainer(tmp_path), {"restarts": -1}, "restarts must be >= 0"),

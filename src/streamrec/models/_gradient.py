@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,20 @@ from streamrec.errors import ConfigError
 from streamrec.models.tuning import AdamW
 from streamrec.protocols import State
 
-__all__ = ["Gradient", "draw"]
+__all__ = ["Gradient", "Peers", "draw"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Peers(Protocol):
+    """Processes that learn the same rows together, of which this one is the number `rank` of `size`."""
+
+    rank: int
+    size: int
+
+    def add(self, tensor: Tensor) -> None:
+        """In place, on all of them: the sum of what each gives, the same bits everywhere."""
+        ...
 
 
 def draw(*numbers: int) -> int:
@@ -33,6 +44,9 @@ class Gradient:
         self.rate = 1.0
         self.seed = seed
         self.generator = torch.Generator(next(iter(self.weights.values())).device)
+        self.peers: Peers | None = None
+        """Processes that learn the same examples together; each step has `parts` parts, of which each has a share."""
+        self.parts = 1
         self.clear()
 
     def clear(self) -> None:
@@ -58,10 +72,11 @@ class Gradient:
         where memory runs out with a single example.
         """
         while True:
-            self.generator.manual_seed(draw(self.seed, self.steps))
             try:
-                for begin in range(0, count, self.micro_batch):
-                    loss(slice(begin, min(count, begin + self.micro_batch))).backward()  # type: ignore[no-untyped-call]
+                for part in self._mine(count):
+                    # by where it begins, so that it draws the same whoever computes it
+                    self.generator.manual_seed(draw(self.seed, self.steps, part.start))
+                    loss(part).backward()  # type: ignore[no-untyped-call]
                 break
             except (MemoryError, RuntimeError) as error:
                 self._forget()
@@ -70,6 +85,8 @@ class Gradient:
                     raise
             self.micro_batch = at_once // 2  # outside of `except`, which holds on to what was computed
             self.halved += 1
+        if self.peers is not None:
+            self._add_up(self.peers)
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip or float("inf"))
         if bool(torch.isfinite(norm)):
             warm = min(1.0, (self.steps + 1) / self.settings.warmup) if self.settings.warmup else 1.0
@@ -80,6 +97,24 @@ class Gradient:
             self.left_out += count
         self.steps += 1
         self._forget()
+
+    def _mine(self, count: int) -> Iterator[slice]:
+        """The micro-batches of a step that are computed here."""
+        rank, size, parts = (0, 1, 1) if self.peers is None else (self.peers.rank, self.peers.size, self.parts)
+        for part in range(parts * rank // size, parts * (rank + 1) // size):
+            end = count * (part + 1) // parts
+            for begin in range(count * part // parts, end, self.micro_batch):
+                yield slice(begin, min(end, begin + self.micro_batch))
+
+    def _add_up(self, peers: Peers) -> None:
+        """The sum of all peers' gradients, on each of them; none where nobody has one."""
+        weights = list(self.weights.values())
+        has = torch.tensor([float(one.grad is not None) for one in weights], device=weights[0].device)
+        peers.add(has)
+        for weight, count in zip(weights, has.tolist(), strict=True):
+            if count:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+                peers.add(weight.grad)
 
     def _forget(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

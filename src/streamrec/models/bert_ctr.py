@@ -20,7 +20,7 @@ from streamrec.batch import Batch
 from streamrec.errors import ConfigError
 from streamrec.models import _pretrained, _text_files
 from streamrec.models._activations import Activations
-from streamrec.models._gradient import Gradient, draw
+from streamrec.models._gradient import Gradient, Peers, draw
 from streamrec.models._packed import FAMILY, Tokens
 from streamrec.models._pairs import Example, PairReader, Pending, augmented
 from streamrec.models._runners import runner
@@ -151,6 +151,20 @@ class BertCTR:
         self._gradient.load_state_dict(memory)
         return self
 
+    def share(self, peers: Peers | None, parts: int = 1) -> None:
+        """From now on learn and predict together with others, which are called with the same rows in the same order:
+        see `streamrec.trainers.Dense.share`. None: alone again."""
+        self._gradient.peers, self._gradient.parts = peers, parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy, by copy.deepcopy or into another process, which reads the checkpoint there
+        return {"config": self.config(), "state": self.state_dict(), "rate": self.rate}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        BertCTR.__init__(self, **_arguments(state["config"]))
+        self.load_state_dict(state["state"])
+        self.rate = state["rate"]
+
     @property
     def rate(self) -> float:
         """What multiplies the learning rate; 1 at first. A schedule sets it. No part of the state."""
@@ -210,7 +224,17 @@ class BertCTR:
         if not distinct:
             return np.zeros(0, dtype=np.float32)
         in_order = sorted(distinct, key=lambda key: len(distinct[key].ids))
-        logits = self._runner.infer([distinct[key] for key in in_order]).cpu().numpy().astype(np.float64)
+        peers = self._gradient.peers
+        mine = slice(None) if peers is None else slice(peers.rank, None, peers.size)
+        here = self._runner.infer([distinct[key] for key in in_order[mine]]).cpu() if in_order[mine] else None
+        if peers is not None:  # a row's logits do not depend on the others
+            whole = torch.zeros(len(in_order), self.labels)
+            if here is not None:
+                whole[mine] = here
+            peers.add(whole)
+            here = whole
+        assert here is not None
+        logits = here.numpy().astype(np.float64)
         clicks = logits[:, 0] if self.labels == 1 else logits[:, 1] - logits[:, 0]
         found = 1.0 / (1.0 + np.exp(-np.clip(clicks, -500.0, 500.0)))
         places = {key: place for place, key in enumerate(in_order)}

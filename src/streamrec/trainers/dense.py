@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 from streamrec.batch import Batch, LabeledRows
 from streamrec.errors import ConfigError
 from streamrec.models import FM
+from streamrec.models._gradient import Peers
 from streamrec.protocols import State
 from streamrec.schema import Schema
 
@@ -22,17 +23,6 @@ __all__ = ["Dense", "Peers"]
 
 _SETTINGS = ("batch_size", "bf16", "clip", "seed")
 _COLUMNS = ("ids", "values", "fields", "starts", "ends", "text_refs", "times")
-
-
-class Peers(Protocol):
-    """Processes that learn the same rows together, of which this one is the number `rank` of `size`."""
-
-    rank: int
-    size: int
-
-    def add(self, tensor: Tensor) -> None:
-        """In place, on all of them: the sum of what each gives, the same bits everywhere."""
-        ...
 
 
 class Dense:

@@ -31,12 +31,15 @@ from streamrec.adapters.dask._cluster import (
 )
 from streamrec.errors import ConfigError
 from streamrec.evaluators import Report
+from streamrec.models import BertCTR
 from streamrec.protocols import State
 from streamrec.storage import EncodedRows, Shelf, Store, Version
 from streamrec.trainers import BatchTrainer, Dense
 
-__all__ = ["fit_dense"]
+__all__ = ["SHARED", "fit_dense"]
 
+SHARED = Dense, BertCTR
+"""Models that several processes learn together."""
 GRACE = 10.0
 """Seconds in which the others may say what went wrong, when one rank has lost them."""
 
@@ -79,7 +82,7 @@ def fit_dense(
     restarts: int = 3,
     timeout: float = 300.0,
 ) -> Report:
-    """Train a `Dense` model on the workers together: equal to `trainer.run(data)` alone, but for rounding.
+    """Train a `Dense` or a `BertCTR` on the workers together: equal to `trainer.run(data)` alone, but for rounding.
 
     Every rank reads all rows and computes its share of each step; the gradients are summed (gloo; NCCL where each
     worker has a GPU of its own), so that the models stay equal bit for bit, which is checked at the end. Two ranks and
@@ -95,8 +98,8 @@ def fit_dense(
     """
     client = require_client(client)
     rows = EncodedRows(data) if isinstance(data, str) else data
-    if not isinstance(trainer.model, Dense):
-        raise ConfigError(f"the model must be a Dense, got a {type(trainer.model).__name__}")
+    if not isinstance(trainer.model, SHARED):
+        raise ConfigError(f"the model must be a Dense or a BertCTR, got a {type(trainer.model).__name__}")
     _check(trainer, rows, ranks, restarts, timeout)
     store = trainer.store
     sent = given(client, trainer)
@@ -106,7 +109,8 @@ def fit_dense(
             living = sorted(client.nthreads())[:ranks]
         if not living:
             raise ClusterError("there are no workers; add some and call again: the store has the last checkpoint")
-        parts = parts or len(living) * trainer.model.accumulate  # the same for the rest, however many are left
+        at_once = getattr(trainer.model, "accumulate", 1)  # a BertCTR has micro-batches of its own
+        parts = parts or len(living) * at_once  # the same for the rest, however many are left
         try:
             ended = _together(client, living, (sent, rows, parts), timeout)
         except _LostPeers as error:
@@ -209,7 +213,7 @@ def _rank(trainer: BatchTrainer, rows: EncodedRows, parts: int, meeting: _Meetin
     """Run the trainer together with the other ranks."""
     trainer = copy.deepcopy(trainer)  # what was sent is kept, for the next try
     model = trainer.model
-    assert isinstance(model, Dense) and trainer.store is not None
+    assert isinstance(model, SHARED) and trainer.store is not None
     model.to(device)
     peers = _Ranks(meeting, rank, device)
     try:

@@ -6,13 +6,12 @@ from typing import Any
 
 from streamrec.adapters.dask._cluster import require_client
 from streamrec.adapters.dask._copies import fit_copies
-from streamrec.adapters.dask._dense import fit_dense
+from streamrec.adapters.dask._dense import SHARED, fit_dense
 from streamrec.errors import ConfigError
 from streamrec.evaluators import Report
 from streamrec.models import FM
 from streamrec.storage import EncodedRows
 from streamrec.trainers import BatchTrainer
-from streamrec.trainers.dense import Dense
 
 __all__ = ["fit"]
 
@@ -34,8 +33,8 @@ def fit(
     `apart` rows, at least four times an epoch, and more often in the first (`streamrec.models.merging` says how). The
     result depends on how many copies there are, not on which worker has which; with one it is that of `trainer.run`,
     bit for bit. `window`, `shuffle`, `validation`, `schedule` and the rest are the trainer's. `data`: encoded rows that
-    all workers can read, or their URI, from the first row on. A `Dense` model is learned by `fit_dense`, `copies` being
-    its ranks.
+    all workers can read, or their URI, from the first row on. A `Dense` or a `BertCTR` is learned by `fit_dense`,
+    `copies` being its ranks.
 
     Each copy takes three times the memory of the model (itself, what it was at the last merge, what is sent), `apart`
     rows, and up to `keep` bytes of decoded rows, which it keeps for the next epoch.
@@ -59,7 +58,7 @@ def fit(
         raise ConfigError(f"timeout must be > 0 seconds, got {timeout!r}")
     rows = EncodedRows(data) if isinstance(data, str) else data
     trainer.model.schema.require(rows.schema, what="the rows")
-    if isinstance(trainer.model, Dense):
+    if isinstance(trainer.model, SHARED):
         return fit_dense(client, trainer, rows, ranks=copies, timeout=timeout)
     if type(trainer.model) is FM:  # what inherits from it may have parameters that nobody merges
         return fit_copies(client, trainer, rows, copies=copies, apart=apart, keep=keep, timeout=timeout)
