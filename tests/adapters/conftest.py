@@ -28,12 +28,36 @@ def local_cluster(workers: int = 2) -> Any:
     )
 
 
-@pytest.fixture(scope="session")
-def client() -> Iterator[Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # starting a cluster is not what is tested
-        cluster = local_cluster()
-        client = distributed.Client(cluster)
-    yield client
+@pytest.fixture(scope="session", name="clients")
+def _clients() -> Iterator[list[Any]]:
+    """Of the cluster that tests share, while it is whole."""
+    clients: list[Any] = []
+    yield clients
+    for client in clients:
+        _close(client)
+
+
+@pytest.fixture
+def client(clients: list[Any]) -> Any:
+    """Of two workers; of a new cluster where one is lost: a nanny gives up a worker that is killed while it starts."""
+    if clients and not _whole(clients[-1]):
+        _close(clients.pop())
+    if not clients:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # starting a cluster is not what is tested
+            clients.append(distributed.Client(local_cluster()))
+    return clients[-1]
+
+
+def _whole(client: Any) -> bool:
+    try:
+        client.wait_for_workers(2, timeout=30)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _close(client: Any) -> None:
+    cluster = client.cluster
     client.close()
     cluster.close()

@@ -177,6 +177,7 @@ def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(
 
     def deadly(progress: float) -> float:
         if progress >= 0.6 and multiprocessing.parent_process() is not None:
+            time.sleep(1.0)  # its nanny must have seen it start, or never starts it again
             os._exit(1)
         return 1.0
 
@@ -185,6 +186,7 @@ def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(
         dask.fit(client, make(**settings, schedule=deadly), uri, copies=2, apart=1000)
     with pytest.raises(sr.ConfigError, match="copies=2 there and None here"):
         make(**settings).run(sr.EncodedRows(uri))
+    client.wait_for_workers(2, timeout=60)  # the last ones have just died
     resumed, calm = make(**settings), make()
     dask.fit(client, resumed, uri, copies=2, apart=1000)
     dask.fit(client, calm, uri, copies=2, apart=1000)

@@ -223,7 +223,8 @@ def torn(folder: Path, events: Sequence[Any], whole: Any) -> Row:
     place.mkdir()
     torn_log = place / "log.jsonl"
     torn_log.write_bytes(content[:half])
-    trainer_of(str(place), lines).run(sr.JsonLines(torn_log, follow=True, idle=0.1))
+    # each checkpoint is waited for, so that there is one before the newest
+    trainer_of(str(place), lines, background=False).run(sr.JsonLines(torn_log, follow=True, idle=0.1))
     newest = max((place / "store" / "checkpoints").glob("*.safetensors"))
     os.truncate(newest, newest.stat().st_size // 2)
     with torn_log.open("ab") as file:

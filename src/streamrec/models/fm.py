@@ -588,8 +588,13 @@ class FM(nn.Module):
         }
         if published:
             if self._precise:
-                if not changes:
-                    sums: Any = self.optimizer_rows[:used, -1] if live else self.optimizer_rows[:used, -1].clone()
+                if self._precision is not None:  # it goes on from a version, and tells what that knew
+                    known = self.optimizer_rows[:used, -1].clone()
+                    before = self._precision[:used]
+                    known[: len(before)] = torch.maximum(known[: len(before)], before)
+                    sums: Any = Changed(rows, known[torch.from_numpy(rows)], used) if changes else known
+                elif not changes:
+                    sums = self.optimizer_rows[:used, -1] if live else self.optimizer_rows[:used, -1].clone()
                 elif self._is_table():
                     sums = Changed(rows, cuts[1][:, -1].contiguous(), used)
                 else:
