@@ -80,6 +80,10 @@ class Group:
             options._timeout = patience
             self._group = _torch.ProcessGroupGloo(_torch.PrefixStore(meeting.token, store), number, size, options)
 
+    def leave(self) -> None:
+        """Close the connections: where others still wait for this rank, they part."""
+        self._group = None
+
     def check(self) -> None:
         """Raise `Parted` where the client has given the job up."""
         if self._meeting is not None and self._meeting.token in _given_up:
@@ -155,7 +159,11 @@ def _member(
         worker.log_event(topic, what)
 
     def one(number: int) -> Any:
-        return work(Group(number, size, meeting, host, say), *arguments)
+        group = Group(number, size, meeting, host, say)
+        try:
+            return work(group, *arguments)
+        finally:  # an error holds its frames, and they the group: the others would wait for this rank until the timeout
+            group.leave()
 
     if len(numbers) == 1:
         return [one(numbers[0])]
