@@ -15,12 +15,9 @@ help:
 quickstart: .venv
 	$(BIN)/python examples/quickstart.py
 
-# A file in one process as a whole: what a file starts (a broker, a cluster) it starts once. One process more than there
-# are cores, for a third of the time goes by in waiting for brokers, clusters and processes that were killed; and in the
-# order of the folders, for those that wait longest are in the first.
+# A process a core, and a file in one of them as a whole: what a file starts (a broker, a cluster) it starts once.
 test: .venv
-	$(BIN)/python -m pytest -n $$($(BIN)/python -c "import os; print(min(os.cpu_count() + 1, 4))") \
-		--dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv
 	$(BIN)/ruff check
