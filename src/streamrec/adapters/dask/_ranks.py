@@ -80,7 +80,7 @@ class Group:
             options._timeout = patience
             self._group = _torch.ProcessGroupGloo(_torch.PrefixStore(meeting.token, store), number, size, options)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close the connections: where others still wait for this rank, they part."""
         self._group = None
 
@@ -163,7 +163,7 @@ def _member(
         try:
             return work(group, *arguments)
         finally:  # an error holds its frames, and they the group: the others would wait for this rank until the timeout
-            group.leave()
+            group.close()
 
     if len(numbers) == 1:
         return [one(numbers[0])]
