@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from streamrec.trainers import Gate
-from streamrec.trainers.gate import _Comparison
+from streamrec.trainers._compare import Comparison, Watch
 
 LABELS = 50_000
 PIECE = 500
@@ -33,7 +33,7 @@ def stream(seed: int, worse: float, flipped: bool = False) -> tuple[np.ndarray, 
 
 def trial(gate: Gate, seed: int, worse: float = 0.0, flipped: bool = False) -> tuple[str, int]:
     """What a trial ends with, and after how many labels."""
-    comparison = _Comparison(gate.confidence)
+    comparison = Comparison(gate.confidence)
     labels, challenger, champion = stream(seed, worse, flipped)
     for start in range(0, LABELS, PIECE):
         rows = slice(start, start + PIECE)
@@ -47,16 +47,13 @@ def trial(gate: Gate, seed: int, worse: float = 0.0, flipped: bool = False) -> t
 
 def watched(gate: Gate, seed: int) -> bool:
     """Whether a champion as good as the one before it is taken back."""
-    looks = -(-LABELS // gate.every)
-    comparison = _Comparison(1 - (1 - gate.confidence) / looks)
+    comparison = Watch(gate.worse, gate.confidence, gate.every, gate.watch)
     labels, champion, before = stream(seed, 0.0)
     for start in range(0, LABELS, PIECE):
         rows = slice(start, start + PIECE)
         comparison.update(labels[rows], champion[rows], before[rows])
-        if comparison.low > gate.worse:
+        if comparison.regressed:
             return True
-        if comparison.seen == gate.every:
-            comparison.again()
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from streamrec.errors import ConfigError, StoreError
@@ -39,6 +40,8 @@ class Served:
     def __init__(self, decisions: Shelf, versions: Shelf) -> None:
         self._decisions = decisions
         self._versions = versions
+        self.held: Callable[[], Collection[int]] = tuple
+        """Other versions that must not be removed: see `Store.hold`."""
 
     def version(self) -> int | None:
         """The number of the version to be served now; None where there is none yet. Raises `StoreError`."""
@@ -97,10 +100,12 @@ class Served:
         return [Decision(one.info["version"], one.info["why"], one.created) for one in self._decisions.list()]
 
     def needed(self) -> set[int]:
-        """Versions that must not be removed: the one decided for, the one before that, and one that is tried."""
+        """Versions that must not be removed: the one decided for, the one before that, one that is tried, and those
+        that were held then and are held now."""
         latest = self._decisions.latest()
         named = [] if latest is None else [latest.info[name] for name in ("version", "before", "challenger")]
-        return {version for version in named if version is not None}
+        held = [] if latest is None else latest.info.get("held", [])
+        return {version for version in (*named, *held, *self.held()) if version is not None}
 
     def _decide(self, version: int | None, why: str, challenger: int | None = None) -> Decision:
         if not isinstance(why, str) or not why.strip():
@@ -108,5 +113,6 @@ class Served:
         latest = self._decisions.latest()
         unchanged = latest is not None and latest.info["version"] == version
         before = latest.info["before"] if latest is not None and unchanged else self.version()
-        info = {"version": version, "why": why, "before": before, "challenger": challenger}
+        named = {"version": version, "before": before, "challenger": challenger}
+        info = {"why": why, **named, "held": sorted(self.held())}
         return Decision(version, why, self._decisions.write({}, info).created)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from streamrec.errors import ConfigError
 from streamrec.storage._folders import folder
@@ -45,10 +45,27 @@ class Store:
             raise ConfigError("uri must name a folder, got ''")
         if not isinstance(keep, int) or keep < 1:
             raise ConfigError(f"keep must be a whole number >= 1, got {keep!r}")
-        self.checkpoints = Shelf(folder(self.uri, "checkpoints"), keep=keep, clock=clock)
+        self.checkpoints = Shelf(folder(self.uri, "checkpoints"), keep=keep, clock=clock, needed=self._held_checkpoints)
         decisions = Shelf(folder(self.uri, "served"), keep=_DECISIONS, clock=clock)
         self.versions = Shelf(folder(self.uri, "versions"), keep=keep, clock=clock, needed=lambda: self.served.needed())
         self.served = Served(decisions, self.versions)
+        self._with_checkpoints = False
+
+    def hold(self, versions: Callable[[], Collection[int]], *, checkpoints: bool = False) -> None:
+        """Keep the versions of these numbers, asked for at each write, and with `checkpoints` those that were cut with
+        them, however old they are. For as long as this object lives: whoever writes says so again when it begins."""
+        self.served.held = versions
+        self._with_checkpoints = checkpoints
+
+    def checkpoint_of(self, version: int) -> int | None:
+        """The number of the checkpoint that was cut with this version; None where there is none. Raises
+        `StoreError`."""
+        found = [one.number for one in self.checkpoints.list() if one.info.get("version") == version]
+        return found[-1] if found else None
+
+    def _held_checkpoints(self) -> set[int]:
+        held = {*self.served.held()} if self._with_checkpoints else set()
+        return {one.number for one in self.checkpoints.list() if one.info.get("version") in held} if held else set()
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r}, keep={self.keep})"

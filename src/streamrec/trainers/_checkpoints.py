@@ -67,8 +67,8 @@ class Checkpoints:
         # published first: a process killed between the two cuts this checkpoint again, and publishes again
         if self._archive is not None:
             self._archive.write()
-        self._saver.write(store.versions, published)
-        version = self._saver.write(store.checkpoints, checkpoint)
+        number = self._saver.write(store.versions, published).number
+        version = self._saver.write(store.checkpoints, checkpoint._replace(info={**checkpoint.info, "version": number}))
         if self._archive is not None:
             oldest = min(int(one.info.get("archive", 0)) for one in store.checkpoints.list())
             self._archive.commit(int(checkpoint.info["archive"]), oldest)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streamrec.batch import Batch
 from streamrec.evaluators import ProgressiveValidation
+from streamrec.evaluators.calibration import Calibrator
 from streamrec.events import Impression
 from streamrec.trainers.drift import Drift
 from streamrec.trainers.gate import Gate
@@ -17,35 +18,68 @@ from streamrec.trainers.tuner import Tuner
 
 __all__ = ["Judge"]
 
+Scores = NDArray[np.float32]
+Rows = Any  # which rows of the columns of notes: their numbers, or a slice
+
+_RAW = np.dtype([("raw", np.float32)])
+
 
 class Judge:
     """Gives labels to the metrics, and those of the kind `target` to the gate, the tuner and the watch for drift.
 
-    What a tuner notes are its learners' scores, which are known only when the model has run: whoever runs it adds that
-    column to those of `note`, as the last.
+    Each of them notes of an impression what it wants to know when its label comes, in a column of its own. What the
+    metrics and the gate note is known when it is shown; what the learners of a tuner say of it (`said`), what the
+    model said before that was calibrated, and after (`calibrated`), when the model has run.
     """
 
     def __init__(
         self,
         validation: ProgressiveValidation,
-        gate: Gate | None,
-        tuner: Tuner | None,
-        drift: Drift | None,
         target: str,
+        *,
+        gate: Gate | None = None,
+        tuner: Tuner | None = None,
+        drift: Drift | None = None,
+        calibration: Calibrator | None = None,
     ) -> None:
-        self._validation, self._gate, self._tuner, self._drift = validation, gate, tuner, drift
-        self._target = target
-
-    @property
-    def notes(self) -> list[np.dtype[Any]]:
+        self._validation, self._target = validation, target
+        self._gate, self._tuner, self._drift, self._calibration = gate, tuner, drift, calibration
+        self.notes: list[np.dtype[Any]] = [*validation.notes]
         """The types of the columns that come back in `update`."""
-        others = [one.notes for one in (self._gate, self._tuner) if one is not None]
-        return [*self._validation.notes, *others]
+        self._gate_s = self._place(None if gate is None else gate.notes)
+        self._tuner_s = self._place(None if tuner is None else tuner.notes)
+        self._raw = self._place(None if calibration is None else _RAW)
+
+    def _place(self, kind: np.dtype[Any] | None) -> int:
+        if kind is not None:
+            self.notes.append(kind)
+        return len(self.notes) - 1
 
     def note(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
-        """What metrics and the gate want to know of these impressions when their labels come, `(n,)` each."""
+        """What is known of these impressions before the model has run, `(n,)` each; zeros where nothing is."""
         notes = self._validation.note(shown, batch)
-        return notes if self._gate is None else [*notes, self._gate.note(batch)]
+        if self._gate is not None:
+            notes = [*notes, self._gate.note(batch)]
+        return [*notes, *(np.zeros(len(batch), dtype=kind) for kind in self.notes[len(notes) :])]
+
+    def said(self, scores: NDArray[np.float32], notes: list[NDArray[Any]], rows: Rows) -> Scores:
+        """What the model says of these rows: of the `scores` of a tuner's learners, those of the one that serves."""
+        if self._tuner is not None:
+            notes[self._tuner_s][rows] = self._tuner.noted(scores)
+            scores = self._tuner.served(scores)
+        if self._calibration is not None:
+            notes[self._raw]["raw"][rows] = scores
+        return scores
+
+    def raw(self, notes: list[NDArray[Any]], rows: Rows) -> Scores:
+        """What the model said of these rows before that was calibrated."""
+        found: Scores = notes[self._raw]["raw"][rows]
+        return found
+
+    def calibrated(self, scores: Scores, notes: list[NDArray[Any]], rows: Rows) -> None:
+        """These are the learner's scores of these rows, as it would have served them."""
+        if self._gate is not None:
+            notes[self._gate_s]["learner"][rows] = scores
 
     def update(
         self,
@@ -55,19 +89,18 @@ class Judge:
         times: NDArray[np.float64],
         kinds: str | list[str],
         notes: list[NDArray[Any]],
+        shown: Batch,
+        rows: NDArray[np.int64],
     ) -> None:
-        """Judge `served` scores by their labels, in order. All `(n,)`; `kinds`: one for all, or as many."""
+        """Judge `served` scores by their labels, in order. All `(n,)`; `kinds`: one for all, or as many; `rows`: those
+        of `shown` that the labels are of."""
         if not (self._gate is None and self._tuner is None and self._drift is None):
             wanted: Any = slice(None) if kinds == self._target else np.array([kind == self._target for kind in kinds])
-            learned = not isinstance(kinds, str) or kinds == self._target
-            if self._drift is not None and learned:
-                self._drift.update(labels[wanted], served[wanted], times[wanted])
-            if self._tuner is not None:
-                *notes, scores = notes
-                if learned:
-                    self._tuner.judge(labels[wanted], weights[wanted], scores[wanted])
-            if self._gate is not None:
-                *notes, compared = notes
-                if learned:
-                    self._gate.update(labels[wanted], compared[wanted])
-        self._validation.update(labels, served, weights, times, kinds, notes)
+            if not isinstance(kinds, str) or kinds == self._target:
+                if self._drift is not None:
+                    self._drift.update(labels[wanted], served[wanted], times[wanted])
+                if self._tuner is not None:
+                    self._tuner.judge(labels[wanted], weights[wanted], notes[self._tuner_s][wanted])
+                if self._gate is not None:
+                    self._gate.update(labels[wanted], notes[self._gate_s][wanted], shown.take(rows[wanted]))
+        self._validation.update(labels, served, weights, times, kinds, notes[: len(self._validation.notes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
-from streamrec.evaluators import LogLoss, LossDifference
+from streamrec.evaluators._accumulate import CLIP
 from streamrec.protocols import Model
 from streamrec.storage import Store
+from streamrec.trainers._compare import Comparison, Watch
+from streamrec.trainers._recent import Recent
 
 __all__ = ["Gate"]
 
@@ -28,20 +31,35 @@ class Gate:
     not worse by more than that, and `store.served` is pinned to it; as soon as it lies above 0, it is certainly worse,
     and is turned down; after `patience` labels without an answer it is turned down, too. Then the newest is tried.
 
-    A champion is watched: for `watch` labels after its promotion the one before it goes on scoring. Every `every`
-    labels the comparison begins anew, so that what went well for long does not hide what goes wrong now; when the
-    champion is certainly worse by more than `worse`, the one before is served again. Each decision and its reason is in
-    `store.served.history()`. Decisions are made between two pushes: one that is due makes a checkpoint due.
+    A champion is watched: for `watch` labels the one *before* it goes on scoring, and is served again when the champion
+    is certainly worse by more than `worse`, over all of them or over the last `every` at most, so that what went well
+    for long does not hide what goes wrong now. What comes before is the newest that was promoted `watch` labels ago,
+    however many were promoted since: wrong labels may promote what they taught, again and again, but for as long as
+    there were fewer of them than that, what to go back to was there before them.
 
-    `worse`: a share of the log loss, and so of the normalized entropy. `confidence`: of one trial, and of one watch as
-    a whole: of equally good challengers so many at least are not turned down as worse, and of champions that are not
-    worse so many are not taken back.
+    `recover`: the learner is watched, too, by the scores it gives itself. When it is certainly worse, by more than
+    `worse`, than the version before, or the champion where that is watched no more, then the trainer goes back to the
+    checkpoint of the newest version since whose loss on these labels is not told apart from the least: to its weights,
+    optimizer memory, ids, normalisers and calibration. The source, the join and the metrics go on where they are.
+    Labels that were flipped for an hour cannot be told from a world that has changed while they come; they are
+    unlearned when the labels are right again.
 
-    Memory: two more models, three while a champion is watched. Raises `ConfigError` for arguments that cannot work.
+    Each decision and its reason is in `store.served.history()`. Decisions are made between two pushes: one that is due
+    makes a checkpoint due.
+
+    `worse`: a share of the log loss, and so of the normalized entropy. `confidence`: of one trial, and of `watch`
+    labels of a watch: of equally good challengers so many at least are not turned down as worse, of champions that
+    are not worse so many are not taken back, and of learners that are not so many go on.
+
+    Memory: two more models, three while a champion is watched; their versions and, with `recover`, their checkpoints
+    stay in the store. Raises `ConfigError` for arguments that cannot work.
     """
 
-    notes = np.dtype([("trial", np.int64), ("watch", np.int64), *((name, np.float32) for name in _SCORES)])
-    """What is noted of an impression: which trial and which watch it is part of, and what each model says of it."""
+    notes = np.dtype(
+        [(name, np.int64) for name in ("trial", "watch", "learning")]
+        + [(name, np.float32) for name in (*_SCORES, "learner")]
+    )
+    """What is noted of an impression: which comparisons it is part of, and what each model says of it."""
 
     def __init__(
         self,
@@ -49,104 +67,184 @@ class Gate:
         worse: float = 0.01,
         confidence: float = 0.95,
         patience: int = 500_000,
-        watch: int = 100_000,
-        every: int = 10_000,
+        watch: int = 50_000,
+        every: int = 2_500,
+        recover: bool = True,
     ) -> None:
         if not 0 < worse < 1:
             raise ConfigError(f"worse must be a share of the log loss in (0, 1), got {worse!r}")
         for name, value in (("patience", patience), ("watch", watch), ("every", every)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a number of labels >= 1, got {value!r}")
+        if every > watch:
+            raise ConfigError(f"every must be at most watch={watch!r} labels, got {every!r}")
         self.worse = worse
         self.confidence = confidence
         self.patience = patience
         self.watch = watch
         self.every = every
-        looks = -(-watch // every)
-        self._trial = _Comparison(confidence)
-        self._watch = _Comparison(1 - (1 - confidence) / looks)
+        self.recover = recover
+        self._trial = Comparison(confidence)
+        self._watch = Watch(worse, confidence, every, watch)
+        self._learning = Watch(worse, confidence, every, watch)
         self._models: dict[str, Model | None] = dict.fromkeys(_SCORES)
         self._versions: dict[str, int | None] = dict.fromkeys(_SCORES)
+        self._line: list[tuple[int, int]] = []  # champions since the one before, and at which label
+        self._past: list[int] = []  # those that were in it when the one before was served again
+        self._recent = Recent(every)  # what the learner's watch has seen
+        self._earlier: set[int] = set()  # of the checkpoint before: a run that breaks now goes on from that one
         self._store: Store | None = None
         self._load: Callable[[int], Model] | None = None
-        self._left = 0  # labels for which the champion is still watched
+        self._labels = 0
+
+    def forget(self) -> None:
+        """Let go of the last impressions, for a user of them is to be forgotten."""
+        self._watch_learner()
 
     def attach(self, store: Store, load: Callable[[int], Model]) -> None:
         """Decide for this store; `load` gives the model of one of its versions. A trainer does that."""
         self._store, self._load = store, load
+        store.hold(lambda: self._used() | self._earlier, checkpoints=self.recover)
+
+    def _used(self) -> set[int]:
+        used = [*self._versions.values(), *self._past, *(version for version, _ in self._line)]
+        return {version for version in used if version is not None}
 
     # -- what each impression and each label brings --------------------------------------------------------------------
 
     def note(self, batch: Batch) -> NDArray[Any]:
-        """`(rows,)`: the scores of the models that are compared."""
+        """`(rows,)`: the scores of the models that are compared; that of the learner is `learned` later."""
         notes = np.zeros(len(batch), dtype=self.notes)
         notes["trial"], notes["watch"] = self._trial.number, self._watch.number
+        notes["learning"] = self._learning.number
         for name, model in self._models.items():
             if model is not None:
                 notes[name] = model.predict(batch)
         return notes
 
-    def update(self, labels: NDArray[np.float32], notes: NDArray[Any]) -> None:
-        """Compare what was noted by the labels, in order; notes of a comparison that is over are left out."""
+    def update(self, labels: NDArray[np.float32], notes: NDArray[Any], shown: Batch) -> None:
+        """Compare what was noted of these impressions by their labels, in order; notes of a comparison that is over are
+        left out."""
+        self._labels += len(labels)
         here = notes["trial"] == self._trial.number
         if self._models["challenger"] is not None:
             self._trial.update(labels[here], notes["challenger"][here], notes["champion"][here])
         here = notes["watch"] == self._watch.number
-        if self._models["before"] is None:
-            return
-        while here.any():  # in pieces that end where a comparison begins anew, however the labels come
-            rows = np.flatnonzero(here)
-            if self._watch.seen < self.every:
-                rows = rows[: self.every - self._watch.seen]
-            self._watch.update(labels[rows], notes["champion"][rows], notes["before"][rows])
-            self._left -= len(rows)
-            here[: rows[-1] + 1] = False
-            if self._watch.seen == self.every and not self._regressed():
-                self._watch.again()
+        if self._models["before"] is not None:
+            self._watch.update(labels[here], notes["champion"][here], notes["before"][here])
+        here = notes["learning"] == self._learning.number
+        if self.recover and self._anchor is not None:
+            self._learning.update(labels[here], notes["learner"][here], notes[self._anchor][here])
+            self._recent.add(shown.take(np.flatnonzero(here)), labels[here])
 
-    def _regressed(self) -> bool:
-        return self._watch.low > self.worse
+    @property
+    def _anchor(self) -> str | None:
+        """What the learner is compared to."""
+        return next((name for name in ("before", "champion") if self._models[name] is not None), None)
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
     @property
+    def regressed(self) -> bool:
+        """Whether the learner has to go back, which is not to wait for anything."""
+        return self.recover and self._anchor is not None and self._learning.regressed
+
+    @property
     def due(self) -> bool:
         """Whether there is something to decide."""
-        if self._models["before"] is not None and (self._regressed() or self._left <= 0):
+        if self.regressed or self._watch.regressed or self._watched:
             return True
-        trial = self._trial
-        on = self._models["challenger"] is not None
-        return on and (trial.high < self.worse or trial.low > 0 or trial.seen >= self.patience)
+        return self._models["challenger"] is not None and self._answered
 
-    def decide(self) -> None:
-        """Promote, turn down, roll back, and begin the next trial; where nothing is due, that alone. Writes to the
-        store. Raises `StoreError`."""
-        store, versions = self._require(), self._versions
-        if store.served.pinned() not in versions.values():
-            self._follow()  # somebody else has decided
-        if self._models["before"] is not None and self._regressed():
-            self._serve(
-                versions["before"],
-                f"version {versions['champion']} is worse than {versions['before']}: its log loss is higher by "
-                f"{self._watch.low:.2%} at least, over {self._watch.seen:,} labels",
-            )
-            self._follow()
-        elif self._models["before"] is not None and self._left <= 0:
-            self._end_watch()
+    @property
+    def _watched(self) -> bool:
+        """Whether the first in the line has been watched for long enough."""
+        return bool(self._line) and self._labels - self._line[0][1] >= self.watch
+
+    @property
+    def _answered(self) -> bool:
         trial = self._trial
-        if self._models["challenger"] is not None and self.due:
+        return trial.high < self.worse or trial.low > 0 or trial.seen >= self.patience
+
+    def decide(self) -> int | None:
+        """Promote, turn down, roll back, and begin the next trial; where nothing is due, that alone. Writes to the
+        store. Returns the version whose checkpoint the learner has to go back to. Raises `StoreError`."""
+        store = self._require()
+        self._earlier = self._used()
+        if store.served.pinned() not in self._used():
+            self._follow()  # somebody else has decided, and not this gate just before a crash
+        back = self._go_back() if self.regressed else None
+        if self._watch.regressed:
+            self._roll_back()
+        if self._watched:
+            self._move_up()
+        trial, versions = self._trial, self._versions
+        if self._models["challenger"] is not None and self._answered:
             told = f"its log loss differs by {trial.low:+.2%} to {trial.high:+.2%} over {trial.seen:,} labels"
             if trial.high < self.worse:
                 self._serve(versions["challenger"], f"not worse than version {versions['champion']}: {told}")
-                self._versions.update(before=versions["champion"], champion=versions["challenger"])
-                self._models.update(before=self._models["champion"], champion=self._models["challenger"])
-                self._watch.begin()
-                self._left = self.watch
+                self._promote()
             else:
                 why = "it is worse" if trial.low > 0 else "no answer"
                 store.served.note(f"version {versions['challenger']} is turned down: {why}: {told}")
             self._end_trial()
         self._begin()
+        return back
+
+    def _roll_back(self) -> None:
+        (low, seen), before = self._watch.found, self._versions["before"]
+        self._serve(
+            before,
+            f"version {self._versions['champion']} is worse than {before}: its log loss is higher by {low:.2%} at "
+            f"least, over {seen:,} labels",
+        )
+        model, past = self._models["before"], [version for version, _ in self._line]
+        self._follow()
+        self._models["champion"], self._versions["champion"] = model, before
+        self._past = past  # they may be better than the one that is served now: the learner's turn will show
+
+    def _go_back(self) -> int | None:
+        """To the newest version that is as good as the best, of those there were since the one before, by the labels
+        that say that the learner is worse; that is served, too, unless what is served is as good."""
+        store = self._require()
+        (low, seen), anchor, champion = self._learning.found, self._anchor, self._versions["champion"]
+        assert anchor is not None and champion is not None
+        good = self._as_good(seen)
+        back = max(good, default=None)
+        why = f"{low:.2%} more log loss at least than version {self._versions[anchor]}, over {seen:,} labels"
+        if back is None:
+            store.served.note(f"the learner has {why}; it goes on as it is, for no checkpoint of that is left")
+            self._watch_learner()
+            return None
+        if champion not in good:
+            self._serve(back, f"version {champion} is worse than it, of a learner that has {why}")
+        store.served.note(f"the learner goes back to the checkpoint of version {back}: it has {why}")
+        newest = store.versions.latest()
+        self._follow()
+        self._trial.last = None if newest is None else newest.number  # of the learner as it was
+        return back
+
+    def _as_good(self, seen: int) -> list[int]:
+        """The versions to go back to whose loss over the last `seen` labels is not told apart from the least."""
+        store, rows = self._require(), self._recent.last(min(seen, self.every))
+        there = {one.number for one in store.versions.list()}
+        names = {*self._past, *(version for version, _ in self._line)} | {
+            version for name in ("before", "champion") if (version := self._versions[name]) is not None
+        }
+        losses = {}
+        for version in sorted(names & there):
+            if rows is not None and store.checkpoint_of(version) is not None:
+                scores = np.clip(self._read(version).predict(rows.batch).astype(np.float64), CLIP, 1 - CLIP)
+                losses[version] = -np.log(np.where(rows.labels > 0.5, scores, 1 - scores))
+        means = {version: float(loss.mean()) for version, loss in losses.items() if np.isfinite(loss).all()}
+        if not means:
+            return []
+        best = losses[min(means, key=lambda version: means[version])]
+        return [
+            version
+            for version in means
+            if (losses[version] - best).mean() <= 2 * (losses[version] - best).std() / math.sqrt(len(best))
+        ]
 
     def _serve(self, version: int | None, why: str) -> None:
         store = self._require()
@@ -154,19 +252,53 @@ class Gate:
         if store.served.pinned() != version:  # decided before a crash, and now once more
             store.served.pin(version, why=why)
 
+    def _promote(self) -> None:
+        models, versions = self._models, self._versions
+        if models["before"] is None:
+            models["before"], versions["before"] = models["champion"], versions["champion"]
+            self._watch_learner()  # what it is compared to has another name
+        models["champion"], versions["champion"] = models["challenger"], versions["challenger"]
+        self._join_line()
+        self._watch.begin()
+
+    def _join_line(self) -> None:
+        """At most one for each quarter of a watch, so that the line is short."""
+        champion = self._versions["champion"]
+        assert champion is not None
+        if not self._line or self._labels - self._line[-1][1] >= self.watch / 4:
+            self._line.append((champion, self._labels))
+
     def _end_trial(self) -> None:
         self._models["challenger"] = self._versions["challenger"] = None
         self._trial.begin()
 
-    def _end_watch(self) -> None:
-        self._models["before"] = self._versions["before"] = None
+    def _move_up(self) -> None:
+        """The newest of the line that has been watched long enough is what comes before; where that is the champion,
+        nothing does."""
+        while self._watched:
+            following, _ = self._line.pop(0)
+        if following == self._versions["champion"]:
+            self._models["before"] = self._versions["before"] = None
+        else:
+            self._models["before"], self._versions["before"] = self._read(following), following
+            if not self._line:
+                self._join_line()
+        self._past = []
         self._watch.begin()
+        self._watch_learner()
+
+    def _watch_learner(self) -> None:
+        self._learning.begin()
+        self._recent.clear()
 
     def _follow(self) -> None:
         """Go on with what the store says is served, in place of what was compared until now."""
         self._end_trial()
-        self._end_watch()
-        self._models["champion"] = self._versions["champion"] = None
+        self._models = dict.fromkeys(self._models)
+        self._versions = dict.fromkeys(self._versions)
+        self._line, self._past = [], []
+        self._watch.begin()
+        self._watch_learner()
 
     def _begin(self) -> None:
         """The next trial, if there is a version newer than what was tried last."""
@@ -204,68 +336,25 @@ class Gate:
             "versions": dict(self._versions),
             "trial": self._trial.state_dict(),
             "watch": self._watch.state_dict(),
-            "left": self._left,
+            "learning": self._learning.state_dict(),
+            "recent": self._recent.state_dict(),
+            "line": [list(one) for one in self._line],
+            "past": list(self._past),
+            "labels": self._labels,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state` was cut from; the models are read from the store."""
         self._trial.load_state_dict(state["trial"])
         self._watch.load_state_dict(state["watch"])
-        self._left = int(state["left"])
+        self._learning.load_state_dict(state["learning"])
+        self._recent.load_state_dict(state["recent"])
+        self._labels = int(state["labels"])
+        self._past = [*map(int, state["past"])]
+        self._line = [(int(version), int(label)) for version, label in state["line"]]
         self._versions = {name: state["versions"][name] for name in _SCORES}
+        self._earlier = self._used()
         try:
             self._models = {name: None if n is None else self._read(n) for name, n in self._versions.items()}
         except StoreError:  # turned down and removed before the process was killed: there is nothing left to compare
             self._follow()
-
-
-class _Comparison:
-    """Of two models, as shares of the second one's log loss. `number`: which one it is, so that notes find theirs."""
-
-    def __init__(self, confidence: float) -> None:
-        self._difference = LossDifference(confidence=confidence)
-        self._loss = LogLoss()
-        self.number = 1
-        self.last: int | None = None
-        """The version tried last."""
-
-    @property
-    def seen(self) -> int:
-        """Labels so far, those that could not be judged among them."""
-        return self._difference.count + self._difference.skipped
-
-    @property
-    def low(self) -> float:
-        """The share of log loss that the first loses more, at least."""
-        return self._share(self._difference.interval()[0])
-
-    @property
-    def high(self) -> float:
-        """The same, at most."""
-        return self._share(self._difference.interval()[1])
-
-    def _share(self, nats: float) -> float:
-        loss = self._loss.compute()
-        return nats / loss if loss > 0 else (np.inf if nats > 0 else -np.inf)
-
-    def update(self, labels: NDArray[np.float32], first: NDArray[np.float32], second: NDArray[np.float32]) -> None:
-        self._difference.update(labels, first, second)
-        self._loss.update(labels, second)
-
-    def again(self) -> None:
-        """Forget the labels so far."""
-        self._difference, self._loss = self._difference.fresh(), self._loss.fresh()
-
-    def begin(self) -> None:
-        """The next one: notes taken until now are of none."""
-        self.again()
-        self.number += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = {"difference": self._difference.state_dict(), "loss": self._loss.state_dict()}
-        return {**parts, "number": self.number, "last": self.last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._difference.load_state_dict(state["difference"])
-        self._loss.load_state_dict(state["loss"])
-        self.number, self.last = int(state["number"]), state["last"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from streamrec.batch import Batch
-from streamrec.errors import ConfigError, StoreError
+from streamrec.errors import ConfigError, DamagedError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.evaluators.calibration import Calibrated, Calibrator, calibrator_from
 from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, piece_of, place_of
@@ -41,7 +41,7 @@ from streamrec.trainers.tuner import LOOK, Tuner
 
 __all__ = ["OnlineTrainer"]
 
-FORMAT = 3
+FORMAT = 4
 """Of the checkpoints written here. Another one is refused."""
 
 
@@ -50,7 +50,6 @@ _PATIENCE = 0.1  # seconds: how long a source that waits keeps `run` from hearin
 _USUAL = {Impression, Feedback}
 _NO_SLOTS = np.empty(0, dtype=np.int64)
 _NO_SCORES = np.empty(0, dtype=np.float32)
-_RAW = np.dtype([("raw", np.float32)])
 _DRAWS = 0x6E656761  # seeds the choice of non-clicks, so that it is not that of anything else that hashes ids
 
 
@@ -153,12 +152,10 @@ class OnlineTrainer:
         self.drift = drift
         if drift is not None:
             drift.set_rate(model)
-        self._judge = Judge(self.validation, gate, self._tuner, drift, target)
         self.calibration = calibration
-        # what the model said of a held row before that was calibrated is noted last
-        kept = self._judge.notes if calibration is None else [*self._judge.notes, _RAW]
+        self._judge = Judge(self.validation, target, gate=gate, tuner=self._tuner, drift=drift, calibration=calibration)
         texts = sum(isinstance(field, Text) for field in model.schema)
-        self._rows = HeldRows(texts, kept, drawn=negatives < 1)
+        self._rows = HeldRows(texts, self._judge.notes, drawn=negatives < 1)
         ordered = isinstance(model, OrderedModel) and (not early_negatives or getattr(model, "weighs", False))
         self._step: Any = model.step if ordered else InOrder(model).step  # type: ignore[attr-defined]
         if self._tuner is not None:
@@ -184,27 +181,19 @@ class OnlineTrainer:
             self._rows.draws[slots] = uniform([impression.id for impression in shown], _DRAWS)
         self._note(shown, batch, slots)
         scores = self.model.predict(batch) if self._tuner is None else self._tuner.predictions(batch)
-        found = self._keep_scores(scores, slots)
+        found = self._judge.said(scores, self._rows.notes, slots)
         if self.calibration is not None:
-            self._rows.notes[-1]["raw"][slots] = found
             found = self.calibration.apply(found)
+        self._judge.calibrated(found, self._rows.notes, slots)
         self._rows.served[slots] = _served(found, shown)
         if self.archive is not None:
             self.archive.hold(slots, shown)
         return slots
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
-        """Keep what metrics and the gate want to know of these impressions when their labels come."""
-        columns = self._rows.notes if self._tuner is None and self.calibration is None else self._rows.notes[:-1]
-        for column, notes in zip(columns, self._judge.note(shown, batch), strict=True):
+        """Keep what is to be known of these impressions when their labels come."""
+        for column, notes in zip(self._rows.notes, self._judge.note(shown, batch), strict=True):
             column[slots] = notes
-
-    def _keep_scores(self, found: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What is served of these scores; those of all learners of a tuner wait with the rows."""
-        if self._tuner is None:
-            return found
-        self._rows.notes[-1][slots] = self._tuner.noted(found)
-        return self._tuner.served(found)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -303,13 +292,13 @@ class OnlineTrainer:
         found = _NO_SCORES
         if len(todo.rows):
             scores = self._step(self._rows.batch, todo.rows, todo.ops, todo.labels, todo.weights)
-            found = self._keep_scores(scores[todo.scored], slots)
+            found = self._judge.said(scores[todo.scored], self._rows.notes, slots)
         if self.calibration is not None:
-            raw = self._rows.notes[-1]["raw"]
-            raw[slots] = found
             mine = todo.judged_kinds == self._kinds[self.target]
-            labeled = (todo.judged_after[mine], todo.judged_labels[mine], raw[todo.judged_rows[mine]])
+            raw = self._judge.raw(self._rows.notes, todo.judged_rows[mine])
+            labeled = (todo.judged_after[mine], todo.judged_labels[mine], raw)
             found = self.calibration.advance(found, *labeled, todo.judged_weights[mine])
+        self._judge.calibrated(found, self._rows.notes, slots)
         self._rows.served[slots] = _served(found, shown)
         if len(todo.judged_rows):
             which = todo.judged_kinds
@@ -320,7 +309,9 @@ class OnlineTrainer:
                 todo.judged_weights,
                 self._rows.times[todo.judged_rows],
                 names[which[0]] if (which == which[0]).all() else [names[kind] for kind in which.tolist()],
-                [column[todo.judged_rows] for column in self._rows.notes[: len(self._judge.notes)]],
+                [column[todo.judged_rows] for column in self._rows.notes],
+                self._rows.batch,
+                todo.judged_rows,
             )
         if archive is not None and self.join is not None and closed is not None:
             archive.label(closed, self.join.kinds, self._rows.served, todo.freed)
@@ -350,15 +341,15 @@ class OnlineTrainer:
                 self._counts["sampled_out"] += int(np.count_nonzero(dropped))
             ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
             self._counts["learned"] += int(np.count_nonzero(learned))
-        found = self._step(batch, np.arange(count), ops, labels, learn_weights)
         notes = self._judge.note(shown, batch)
-        if self._tuner is not None:
-            notes, found = [*notes, self._tuner.noted(found)], self._tuner.served(found)
+        every = slice(None)
+        found = self._judge.said(self._step(batch, np.arange(count), ops, labels, learn_weights), notes, every)
         if self.calibration is not None:
             mine = np.flatnonzero([kind == self.target for kind in kinds])
             found = self.calibration.advance(found, mine + 1, labels[mine], found[mine], weights[mine])
+        self._judge.calibrated(found, notes, every)
         served = _served(found, shown)
-        judged = slice(None) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
+        judged = np.arange(count) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
             self._judge.update(
                 labels[judged],
@@ -367,6 +358,8 @@ class OnlineTrainer:
                 batch.times[judged],
                 first if one_kind else [kind for kind in kinds if kind],
                 [column[judged] for column in notes],
+                batch,
+                judged,
             )
         scores: list[float] = found.tolist()
         return scores
@@ -443,16 +436,18 @@ class OnlineTrainer:
                     bar.update(len(events))
                 elif self._counts["events"] == self._checkpoints.events:
                     continue  # nothing has come since the last one
-                if not self._checkpoints.busy and self.checkpoint_due:
-                    if self.background and not self._saver.prepared():
+                # what the learner goes on from hangs on it, so it does not hang on how fast a disk is
+                at_once = not self.background or (self.gate is not None and self.gate.regressed)
+                if (at_once or not self._checkpoints.busy) and self.checkpoint_due:
+                    if not at_once and not self._saver.prepared():
                         continue
                     self._take_lap()
                     self._checkpoints.release()
                     position = source.position()
-                    if self.background:
-                        self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
-                    else:
+                    if at_once:
                         self.checkpoint(position)
+                    else:
+                        self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
                     bar.set_postfix(self.validation.compute(), refresh=False)
             return stop.is_set()
 
@@ -470,6 +465,7 @@ class OnlineTrainer:
         counts["left_out"] = getattr(self.model, "left_out", 0)
         counts["unjoined"] = self._counts["unjoined"]
         counts["sampled_out"] = self._counts["sampled_out"]
+        counts["unlearned"] = self._counts["unlearned"]
         counts["corrected"] = 0 if self.join is None else self.join.corrected
         if self.drift is not None:
             counts["drift"] = self.drift.count
@@ -499,12 +495,38 @@ class OnlineTrainer:
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
         if self.gate is not None:
-            self.gate.decide()
+            back = self.gate.decide()
+            if back is not None:
+                self._go_back(back)
         part = 0 if self.archive is None else self.archive.cut()
         model, base, copied = self._saver.cut(published=False)
         info = {"model": description(self.model), "metrics": plain(self.validation.compute()), "archive": part}
         state = {**self._state(model), "position": position}
         return self._cut_published(), Cut(state, info, base, published=False, copied=copied)
+
+    def _go_back(self, version: int) -> None:
+        """Take what the model and its calibration were when this version was cut, and count what was learned since.
+
+        The source, the join, the preprocessors and the metrics stay as they are: no event comes twice.
+        """
+        store = self._require_store()
+        try:
+            _, state = store.checkpoints.read(store.checkpoint_of(version))  # type: ignore[misc]  # a gate has looked
+        except DamagedError as error:
+            store.served.note(f"the learner goes on as it is: {error}")
+            return
+        rungs = None if self._tuner is None else self._tuner.rungs
+        self._saver.forget()
+        self.model.load_state_dict(state["model"])
+        if self._tuner is not None and rungs is not None:
+            self._tuner.rungs = rungs + 1  # what was scored by learners that are gone judges none of these
+        if self.calibration is not None:
+            self.calibration.load_state_dict(state["calibration"])
+        if self.drift is not None:
+            self.drift.set_rate(self.model)
+        known = self._counts["learned"] - self._counts["unlearned"]
+        known_then = state["counts"]["learned"] - state["counts"].get("unlearned", 0)
+        self._counts["unlearned"] += known - known_then
 
     def _cut_published(self) -> Cut:
         model, base, copied = self._saver.cut(published=True)
@@ -589,6 +611,8 @@ class OnlineTrainer:
             for stage in self.preprocessors:
                 gone[type(stage).__name__] += getattr(stage, "forget", lambda _: 0)(name)
             gone["dead_letters"] += purge_letters(name, self.dead_letters)
+        if self.gate is not None:
+            self.gate.forget()
         self._saver.forget()
         if self.store is not None:
             self.checkpoint(position)
