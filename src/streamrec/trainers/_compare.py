@@ -58,9 +58,8 @@ class Comparison:
 
     def again(self) -> None:
         """Forget the labels so far."""
-        self._difference, self._loss, self._entropy = (
-            one.fresh() for one in (self._difference, self._loss, self._entropy)
-        )
+        self._difference = self._difference.fresh()
+        self._loss, self._entropy = self._loss.fresh(), self._entropy.fresh()
 
     def begin(self) -> None:
         """The next one: notes taken until now are of none."""
@@ -69,9 +68,13 @@ class Comparison:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, and which one it is; cut now."""
-        parts = {"difference": self._difference, "loss": self._loss, "entropy": self._entropy}
-        saved = {name: one.state_dict() for name, one in parts.items()}
-        return {**saved, "number": self.number, "last": self.last}
+        return {
+            "difference": self._difference.state_dict(),
+            "loss": self._loss.state_dict(),
+            "entropy": self._entropy.state_dict(),
+            "number": self.number,
+            "last": self.last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state` was cut from."""
