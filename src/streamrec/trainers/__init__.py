@@ -1,6 +1,7 @@
 """Trainers: what drives a model through a stream, or through an archive."""
 
 from streamrec.trainers.batch import BatchTrainer
+from streamrec.trainers.callbacks import Callback, Progress
 from streamrec.trainers.dense import Dense, Peers
 from streamrec.trainers.drift import Alert, Drift
 from streamrec.trainers.gate import Gate
@@ -13,6 +14,7 @@ from streamrec.trainers.tuner import Tuner
 __all__ = [
     "Alert",
     "BatchTrainer",
+    "Callback",
     "Cosine",
     "Dense",
     "Drift",
@@ -23,6 +25,7 @@ __all__ = [
     "MaskedLM",
     "OnlineTrainer",
     "Peers",
+    "Progress",
     "SimCSE",
     "Tuner",
     "pretrain",

@@ -28,6 +28,7 @@ class Checkpoints:
         self._time = clock()
         self._source: Source | None = None  # of the positions below
         self._behind: Position | None = None  # of the checkpoint that is being written
+        self._saved: deque[tuple[int, Version]] = deque(maxlen=100)  # on disk since they were asked for
         self._durable: deque[Position] = deque(maxlen=1 if store is None else store.keep)  # the newest last
 
     def require_store(self) -> Store:
@@ -49,7 +50,7 @@ class Checkpoints:
 
     def write(self, cuts: tuple[Cut, Cut], position: Position | None, events: int) -> Version:
         """Write what was cut, and wait for it. Raises `StoreError`."""
-        version = self._write(self.require_store(), *cuts)
+        version = self._write(self.require_store(), *cuts, events)
         self.count_from(events)
         if position is not None:
             self._durable.append(position)
@@ -60,9 +61,16 @@ class Checkpoints:
         store = self.require_store()
         self.count_from(events)
         self._behind = position
-        self._saver.start(lambda: self._write(store, *cuts))
+        self._saver.start(lambda: self._write(store, *cuts, events))
 
-    def _write(self, store: Store, published: Cut, checkpoint: Cut) -> Version:
+    def taken(self) -> list[tuple[int, Version]]:
+        """The checkpoints that have come to be on disk since this was asked last, and how many events they know."""
+        found = []
+        while self._saved:
+            found.append(self._saved.popleft())
+        return found
+
+    def _write(self, store: Store, published: Cut, checkpoint: Cut, events: int) -> Version:
         """Write both, and then make the stored ones shorter where there are too many changes."""
         # published first: a process killed between the two cuts this checkpoint again, and publishes again
         if self._archive is not None:
@@ -74,6 +82,7 @@ class Checkpoints:
             self._archive.commit(int(checkpoint.info["archive"]), oldest)
         self._saver.compact(store.versions, published=True)
         self._saver.compact(store.checkpoints, published=False)
+        self._saved.append((events, version))
         return version
 
     @property

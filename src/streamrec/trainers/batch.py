@@ -18,6 +18,7 @@ from streamrec.protocols import Metric, Model, RowSource, State
 from streamrec.storage import Store, Version
 from streamrec.trainers._saved import description, plain, require_same
 from streamrec.trainers._stop import stop_on_signals
+from streamrec.trainers.callbacks import Callback, Calls, Progress
 
 __all__ = ["BatchTrainer"]
 
@@ -36,7 +37,7 @@ class BatchTrainer:
     `schedule`: gives what the optimizers' steps are multiplied by, from the share of the training that is done, window
     by window: `streamrec.trainers.Linear`, `Cosine` or a function of your own. `store`: a `Store` or where to make
     one; a checkpoint is written every `checkpoint_seconds` on `clock`, between two windows, and at the end, when the
-    model is published too.
+    model is published too. `callbacks`: are told how it goes.
 
     A module of torch learns as `streamrec.trainers.Dense(module)`, with gradient accumulation and bf16 autocast.
 
@@ -66,6 +67,7 @@ class BatchTrainer:
         schedule: Callable[[float], float] | None = None,
         store: Store | str | os.PathLike[str] | None = None,
         checkpoint_seconds: float = 60.0,
+        callbacks: Sequence[Callback] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("epochs", epochs), ("window", window), ("patience", patience)):
@@ -92,6 +94,7 @@ class BatchTrainer:
         self.checkpoint_seconds = checkpoint_seconds
         self.history: list[dict[str, float]] = []
         """What validation said after each epoch, by name of the metric."""
+        self._calls = Calls(callbacks)
         self._clock = clock
         self._clear()
 
@@ -121,6 +124,17 @@ class BatchTrainer:
         self.resume(rows)
         if self._done:
             return self._report(rows, interrupted=False)
+        self._calls.go_on(self._progress_now)
+        try:
+            return self._run(rows, start, progress)
+        finally:
+            self._calls.tell("on_train_end", self._progress_now)
+
+    @property
+    def _progress_now(self) -> Progress:
+        return Progress(self._learned, self._epoch)
+
+    def _run(self, rows: RowSource, start: State, progress: bool) -> Report:
         begun = saved = self._clock()
         if self._before is None:
             self._before = self._split(rows)
@@ -131,6 +145,10 @@ class BatchTrainer:
                 while not stop.is_set() and (part := self._read(rows)) is not None:
                     self._learn(_between(part, -np.inf, split))
                     bar.update(max(0.0, self._progress(rows) - bar.n))
+                    if self._calls:
+                        self._calls.tell("on_step_end", self._progress_now)
+                        if self._calls.due(self._learned):
+                            self._calls.log(self._progress_now, self._report(rows, interrupted=False))
                     if self._is_due(saved):
                         self._seconds, begun = self._seconds + self._clock() - begun, self._clock()
                         self.checkpoint(rows)
@@ -145,7 +163,9 @@ class BatchTrainer:
         if self._best is not None and done and self._best[0] != self._epoch - 1:
             self.model.load_state_dict(self._best[1])
         self._keep(rows, done)
-        return self._report(rows, interrupted=not done)
+        report = self._report(rows, interrupted=not done)
+        self._calls.log(self._progress_now, report, all_of_them=True)
+        return report
 
     def _keep(self, rows: RowSource, done: bool) -> None:
         """Save what the training has come to."""
@@ -210,6 +230,7 @@ class BatchTrainer:
                 "give it more"
             )
         self.history.append(found)
+        self._calls.tell("on_evaluate", self._progress_now, found)
         if self._best is None or found[loss.name] < self.history[self._best[0]][loss.name]:
             self._best = self._epoch, self.model.state_dict()
 
@@ -238,6 +259,8 @@ class BatchTrainer:
     def _report(self, rows: RowSource, *, interrupted: bool) -> Report:
         counts = {"events": self._learned, "learned": self._learned - getattr(self.model, "left_out", 0)}
         counts |= {"pending": 0, "epochs": self._epoch, "left_out": getattr(self.model, "left_out", 0)}
+        if self._calls.errors:
+            counts["callback_errors"] = self._calls.errors
         if self._best is not None:
             counts["best_epoch"] = self._best[0] + 1
         known: Mapping[str, int] = getattr(rows, "counts", {})
@@ -252,7 +275,9 @@ class BatchTrainer:
     def checkpoint(self, rows: RowSource) -> Version:
         """Save all that a resumed run needs, where the rows stand among it. Raises `StoreError`."""
         info = {"trainer": BatchTrainer.__name__, "model": description(self.model), "metrics": plain(self._metrics())}
-        return self._require_store().checkpoints.write(self._state(rows), info)
+        version = self._require_store().checkpoints.write(self._state(rows), info)
+        self._calls.tell("on_save", self._progress_now, version)
+        return version
 
     def _state(self, rows: RowSource) -> dict[str, Any]:
         """What a checkpoint holds."""

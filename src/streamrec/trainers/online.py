@@ -32,6 +32,7 @@ from streamrec.trainers._judge import Judge
 from streamrec.trainers._saved import describers, description, plain, require_parts, require_same, require_target
 from streamrec.trainers._saver import Cut, Saver
 from streamrec.trainers._stop import stop_on_signals
+from streamrec.trainers.callbacks import Callback, Calls, Progress
 from streamrec.trainers.drift import Drift
 from streamrec.trainers.gate import Gate
 from streamrec.trainers.held_rows import HeldRows
@@ -76,7 +77,7 @@ class OnlineTrainer:
     that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
     `gate`: tries each version before it is served. `drift`: watches the loss of the served scores, and acts.
     `calibration`: makes probabilities of the model's scores, and learns that from labels of the target as they come;
-    what is returned, judged and published is calibrated.
+    what is returned, judged and published is calibrated. `callbacks`: are told how it goes.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -107,6 +108,7 @@ class OnlineTrainer:
         gate: Gate | None = None,
         drift: Drift | None = None,
         calibration: Calibrator | None = None,
+        callbacks: Sequence[Callback] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("checkpoint_every", checkpoint_every), ("batch_size", batch_size)):
@@ -135,6 +137,7 @@ class OnlineTrainer:
         if self.archive is not None and store is None:
             raise ConfigError("an archive is committed with checkpoints: give a store as well")
         self.dead_letters = DeadLetters() if dead_letters is None else dead_letters
+        self._calls = Calls(callbacks)
         self._clock = clock
         self._validate = Validate()
         self._encoder = Encoder(model.schema)
@@ -203,8 +206,18 @@ class OnlineTrainer:
         A score is nan where its item did not reach the model: it could not be used, or a preprocessor dropped it.
         Nothing is written: `run` does that, or `checkpoint` when `checkpoint_due`.
         """
-        if self._tuner is None and self.drift is None:
-            return self._push(events)
+        scores = self._push(events) if self._tuner is None and self.drift is None else self._push_and_act(events)
+        if self._calls:
+            self._calls.tell("on_step_end", self._progress)
+            if self._calls.due(self._counts["events"]):
+                self._calls.log(self._progress, self.report())
+        return scores
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(self._counts["events"])
+
+    def _push_and_act(self, events: Sequence[Item]) -> list[float]:
         scores = []
         begin = 0
         while begin < len(events):  # what is done about labels is done at the same events, however the stream is cut
@@ -407,6 +420,13 @@ class OnlineTrainer:
             position = self.resume()
             if position is not None:
                 source.seek(position)
+        self._calls.go_on(self._progress)
+        try:
+            return self._run_to_its_end(source, limit)
+        finally:
+            self._calls.tell("on_train_end", self._progress)
+
+    def _run_to_its_end(self, source: Source, limit: int | None) -> Report:
         try:
             interrupted = self._run(source, limit)
         except BaseException:
@@ -419,6 +439,9 @@ class OnlineTrainer:
             self.checkpoint(source.position())
             self._take_lap()
         self._checkpoints.release()
+        self._tell_saved()
+        if self._calls:
+            self._calls.log(self._progress, self.report(), all_of_them=True)
         return self.report(interrupted=interrupted)
 
     def _run(self, source: Source, limit: int | None) -> bool:
@@ -436,6 +459,7 @@ class OnlineTrainer:
                     bar.update(len(events))
                 elif self._counts["events"] == self._checkpoints.events:
                     continue  # nothing has come since the last one
+                self._tell_saved()
                 # what the learner goes on from hangs on it, so it does not hang on how fast a disk is
                 at_once = not self.background or (self.gate is not None and self.gate.regressed)
                 if (at_once or not self._checkpoints.busy) and self.checkpoint_due:
@@ -450,6 +474,11 @@ class OnlineTrainer:
                         self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
                     bar.set_postfix(self.validation.compute(), refresh=False)
             return stop.is_set()
+
+    def _tell_saved(self) -> None:
+        """Tell the callbacks of checkpoints that have come to be on disk."""
+        for events, version in self._checkpoints.taken():
+            self._calls.tell("on_save", Progress(events), version)
 
     def _take_lap(self) -> None:
         """Add to the seconds of all runs, which a checkpoint holds."""
@@ -469,6 +498,8 @@ class OnlineTrainer:
         counts["corrected"] = 0 if self.join is None else self.join.corrected
         if self.drift is not None:
             counts["drift"] = self.drift.count
+        if self._calls.errors:
+            counts["callback_errors"] = self._calls.errors
         for part in (*self.preprocessors, self.join, self.dead_letters):
             if part is not None:
                 counts.update(part.counts)
@@ -490,7 +521,9 @@ class OnlineTrainer:
         """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`."""
         self._require_store()
         self._checkpoints.finish()
-        return self._checkpoints.write(self._cut(position), position, self._counts["events"])
+        version = self._checkpoints.write(self._cut(position), position, self._counts["events"])
+        self._tell_saved()
+        return version
 
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
