@@ -77,6 +77,7 @@ class Calls:
                 raise ConfigError(f"every of {type(one).__name__} must be >= 1 event, got {one.every!r}")
         self._callbacks = [*callbacks]
         self._next = [one.every for one in callbacks]  # at how many events each logs next
+        self._last = [-1 for _ in callbacks]  # at how many it has
         self._window = -float("inf")  # the end of the last window told of
         self._failed: set[tuple[int, str]] = set()
         self.errors = 0
@@ -110,14 +111,15 @@ class Calls:
         return any(events >= when for when in self._next)
 
     def log(self, progress: Progress, report: Report, *, all_of_them: bool = False) -> None:
-        """Tell those that are due, or all, what the report says; and all of the windows that have closed."""
+        """Tell those that are due, or all that do not know it yet, what the report says; and all of the windows that have closed."""
         for window in report.windows[:-1]:  # the last one is open
             if window.end > self._window:
                 self._window = window.end
                 self.tell("on_evaluate", progress, _of(window))
         logs = {**_finite(report.metrics), **{f"counts/{name}": float(n) for name, n in report.counts.items()}}
         for place, one in enumerate(self._callbacks):
-            if all_of_them or progress.events >= self._next[place]:
+            if progress.events >= self._next[place] or (all_of_them and progress.events > self._last[place]):
+                self._last[place] = progress.events
                 self._next[place] = progress.events - progress.events % one.every + one.every
                 self._tell(place, "on_log", progress, logs)
 
