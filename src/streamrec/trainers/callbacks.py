@@ -111,7 +111,8 @@ class Calls:
         return any(events >= when for when in self._next)
 
     def log(self, progress: Progress, report: Report, *, all_of_them: bool = False) -> None:
-        """Tell those that are due, or all that do not know it yet, what the report says; and all of the windows that have closed."""
+        """Tell those that are due, or all that do not know it yet, what the report says; and all of them of the windows
+        that have closed."""
         for window in report.windows[:-1]:  # the last one is open
             if window.end > self._window:
                 self._window = window.end
