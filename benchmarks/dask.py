@@ -11,6 +11,7 @@ it is measured, as the one process does.
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import statistics
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +30,10 @@ import numpy as np
 import streamrec as sr
 from benchmarks._measure import auc, clock, one_thread
 from benchmarks.streams import zipf
+from streamrec.adapters.dask._share import Cuts, Share
 from streamrec.batch import LabeledRows
 from streamrec.events import encode_event
+from streamrec.protocols import RowSource
 from streamrec.storage.encoded import Part, commit_rows, write_part
 
 __all__ = ["main"]
@@ -98,12 +102,12 @@ def prepared_alone(archive: str, out: str) -> sr.EncodedRows:
 def scored_alone(model: sr.FM, users: list[str], out: str, catalogue: list[str]) -> None:
     """What `score` does, in one process: the same code over the same groups of users."""
     from streamrec.adapters.dask._models import Reference
-    from streamrec.adapters.dask._score import User, _best
+    from streamrec.adapters.dask._score import User, _best, _Items
 
     where = Reference(secrets.token_hex(4), "", 0)  # another each time, so that the catalogue is made again, as there
     for number, at in enumerate(range(0, len(users), 1000)):
         some = [User(one) for one in users[at : at + 1000]]
-        _best(where, model, catalogue, some, 100, out, number)
+        _best(where, model, _Items(catalogue), some, 100, out, number)
 
 
 def write_rows(out: str, rows: int) -> tuple[sr.Schema, LabeledRows]:
@@ -116,6 +120,12 @@ def write_rows(out: str, rows: int) -> tuple[sr.Schema, LabeledRows]:
     files = [write_part(out, f"part-{n:05d}", [whole.take(slice(*cut))]) for n, cut in enumerate(pairwise(cuts))]
     commit_rows(out, schema, files)
     return schema, whole.take(slice(rows, len(labels)))
+
+
+def kept(rows: sr.EncodedRows) -> RowSource:
+    """These rows, which one process reads and decodes once and keeps for the epochs to come, as the workers do."""
+    cuts = Cuts(len(rows), 1, sr.BatchTrainer(model=sr.FM(rows.schema)).window, len(rows))
+    return Share(copy.copy(rows), cuts, 0, keep=1 << 30)
 
 
 def judged(model: Any, test: LabeledRows) -> float:
@@ -187,14 +197,11 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
                     run(trainer)
                     trained[who] = trainer.model  # type: ignore[assignment]
 
-                works["fit"] = (
-                    lambda: fit("alone", lambda trainer: trainer.run(sr.EncodedRows(f"{name}/fit"))),
-                    lambda: fit("two", lambda trainer: dask.fit(client, trainer, many)),
-                )
-                works["fit, one epoch"] = (
-                    lambda: fit("alone, 1", lambda trainer: trainer.run(sr.EncodedRows(f"{name}/fit")), 1),
-                    lambda: fit("two, 1", lambda trainer: dask.fit(client, trainer, many), 1),
-                )
+                for what, epochs in (("fit", EPOCHS), ("fit, one epoch", 1)):
+                    works[what] = (
+                        partial(fit, f"alone, {epochs}", lambda trainer: trainer.run(kept(many)), epochs),
+                        partial(fit, f"two, {epochs}", lambda trainer: dask.fit(client, trainer, many), epochs),
+                    )
             print(f"{count:,} events; {len(users):,} users, {len(items):,} items; {rows:,} rows, {EPOCHS} epochs\n")
             for what, (alone, two) in works.items():
                 if chosen and what.split(",")[0] not in chosen:

@@ -1,8 +1,9 @@
 """Events in columns: how the rows of a table become events, and events rows.
 
 The default layout has one row an event: `type` ("impression", "feedback" or "labeled"), `time`, `id`, `user`, `item`,
-`score`, `features` (a JSON object), `impression_id`, `kind`, `value`, `label`, `weight`, each null where it does not
-apply. A labeled row has the fields of its impression, too. Every other column is a feature of its name.
+`score`, `features` (a JSON object, a struct or a map), `impression_id`, `kind`, `value`, `label`, `weight`, each null
+where it does not apply. A labeled row has the fields of its impression, too. Every other column is a feature of its
+name.
 """
 
 from __future__ import annotations
@@ -268,11 +269,14 @@ class Rows:
         """The features of each row, and whether all of them are plain and finite."""
         rows, names = self.table.num_rows, self.named.features
         told: list[Any] | None = None
+        plain = True
         if "features" in self.named.fields:
-            told = _decoded(self.strings("features"), reasons)
+            whole = self.table.column(self.named.fields["features"])
+            plain = not arrow().types.is_nested(whole.type)
+            told = _decoded(self.strings("features"), reasons) if plain else _mappings(whole)
         if not names:
-            return ([{} for _ in range(rows)] if told is None else told), True
-        columns, missing, sound = [], False, True
+            return ([{} for _ in range(rows)] if told is None else told), plain
+        columns, missing, sound = [], False, plain
         for name in names:
             column = self.table.column(name)
             if name in self.words:
@@ -320,6 +324,11 @@ def _decoded(texts: list[str | None], reasons: dict[int, str]) -> list[Any]:
             made.append({})
             reasons.setdefault(row, f"its features are no JSON object: {error}")
     return made
+
+
+def _mappings(column: Any) -> list[Any]:
+    """Features that are structs or maps; what is null is not known."""
+    return [{name: value for name, value in dict(one or {}).items() if value is not None} for one in column.to_pylist()]
 
 
 # -- columns to lists: pyarrow's own to_pylist makes an object of each value first -------------------------------------

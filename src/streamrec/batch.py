@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Batch", "LabeledRows"]
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 def _no_text() -> NDArray[np.int32]:
@@ -63,42 +65,50 @@ class Batch:
         firsts = np.repeat(self.starts - (np.cumsum(lengths) - lengths), lengths)
         return firsts + np.arange(int(lengths.sum()), dtype=np.int64)
 
+    def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
+        """The three columns with nothing but these rows, row after row; views where they stand like that already, as in
+        what is cut from an archive."""
+        if len(self) and np.array_equal(self.starts[1:], self.ends[:-1]):
+            cut = slice(int(self.starts[0]), int(self.ends[-1]))
+            return self.ids[cut], self.values[cut], self.fields[cut]
+        where = self.entries
+        return self.ids[where], self.values[where], self.fields[where]
+
+    def _used_texts(self) -> tuple[Sequence[str], NDArray[np.int32]]:
+        """The texts of these rows alone, and the references into them."""
+        used, refs = np.unique(self.text_refs, return_inverse=True)
+        shift = 1 if used.size and used[0] < 0 else 0
+        texts = [self.texts[ref] for ref in used if ref >= 0]
+        return texts, (refs.reshape(self.text_refs.shape) - shift).astype(np.int32)
+
     def compact(self) -> Batch:
         """The same rows over columns of their own that hold nothing else, row after row."""
-        where = self.entries
-        ends = np.cumsum(self.ends - self.starts)
-        used, refs = np.unique(self.text_refs, return_inverse=True)
-        texts = [self.texts[ref] for ref in used if ref >= 0]
-        shift = 1 if used.size and used[0] < 0 else 0
-        return Batch(
-            self.ids[where],
-            self.values[where],
-            self.fields[where],
-            ends - (self.ends - self.starts),
-            ends,
-            texts,
-            (refs.reshape(self.text_refs.shape) - shift).astype(np.int32),
-            self.times.copy(),
-        )
+        ids, values, fields = self._columns()
+        texts, refs = self._used_texts()
+        lengths = self.ends - self.starts
+        ends = np.cumsum(lengths)
+        columns = _own(ids), _own(values), _own(fields)
+        return Batch(*columns, ends - lengths, ends, texts, refs, self.times.copy())
 
     @staticmethod
     def concatenated(batches: Sequence[Batch]) -> Batch:
         """The rows of these batches, one after the other, over columns of their own. There must be one at least."""
         if len(batches) == 1:
             return batches[0]
-        parts = [batch.compact() for batch in batches]
-        ids, values, fields = (
-            np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "values", "fields")
-        )
-        ends = np.cumsum(np.concatenate([part.ends - part.starts for part in parts]), dtype=np.int64)
-        starts = ends - np.concatenate([part.ends - part.starts for part in parts])
+        ids, values, fields = map(np.concatenate, zip(*(batch._columns() for batch in batches), strict=True))
+        lengths = np.concatenate([batch.ends - batch.starts for batch in batches])
+        ends = np.cumsum(lengths, dtype=np.int64)
         places: dict[str, int] = {}
         refs = []
-        for part in parts:
-            known = np.array([*(places.setdefault(text, len(places)) for text in part.texts), -1], dtype=np.int32)
-            refs.append(known[part.text_refs])  # a reference of -1 reads the last, which is -1
-        times = np.concatenate([part.times for part in parts])
-        return Batch(ids, values, fields, starts, ends, [*places], np.concatenate(refs), times)
+        for texts, own in (batch._used_texts() for batch in batches):
+            known = np.array([*(places.setdefault(text, len(places)) for text in texts), -1], dtype=np.int32)
+            refs.append(known[own])  # a reference of -1 reads the last, which is -1
+        times = np.concatenate([batch.times for batch in batches])
+        return Batch(ids, values, fields, ends - lengths, ends, [*places], np.concatenate(refs), times)
+
+
+def _own(column: NDArray[_T]) -> NDArray[_T]:
+    return column if column.base is None else column.copy()
 
 
 class LabeledRows(NamedTuple):
@@ -114,6 +124,10 @@ class LabeledRows(NamedTuple):
     def take(self, rows: NDArray[np.int64] | slice) -> LabeledRows:
         """These rows, in this order, over the same columns."""
         return LabeledRows(self.batch.take(rows), self.labels[rows], self.weights[rows])
+
+    def compact(self) -> LabeledRows:
+        """The same rows over columns of their own that hold nothing else."""
+        return LabeledRows(self.batch.compact(), self.labels.copy(), self.weights.copy())
 
     @staticmethod
     def concatenated(parts: Sequence[LabeledRows]) -> LabeledRows:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from streamrec.batch import LabeledRows
 from streamrec.events import DeadLetter, decode_event, encode_event
 from streamrec.preprocessors import Validate
 from streamrec.storage.encoded import commit_rows, write_part
+from tests.adapters.killing import kill_worker
 from tests.trainers.conftest import LATENESS, WINDOWS, Schema, make_stream
 
 distributed = pytest.importorskip("distributed")
@@ -107,10 +109,10 @@ def test_an_event_that_cannot_be_used_does_not_move_the_edges(client: Any, tmp_p
 
 
 def test_without_enough_overlap_the_edges_are_wrong(client: Any, tmp_path: Path) -> None:
-    archive = write(tmp_path, make_stream(0, 500), files=7)
+    archive = write(tmp_path, make_stream(0, 300), files=7)
     expected, _ = whole(sr.JsonLines(archive))
     rows = dask.prepare(
-        client, archive, str(tmp_path / "out"), schema=Schema, parts=30, piece=300, overlap=0.0, **parts()
+        client, archive, str(tmp_path / "out"), schema=Schema, parts=10, piece=3000, overlap=0.0, **parts()
     )
     found = rows.read(10**6)
     assert found is not None
@@ -253,18 +255,6 @@ def test_scores_are_those_of_a_scorer(client: Any, tmp_path: Path, kind: str) ->
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def die_once(flag: str) -> None:
-    """Take this worker's process down, the first time anyone comes here."""
-    if multiprocessing.parent_process() is None:
-        return  # the scheduler, which here is a thread of the tests, unpacks tasks too
-    try:
-        with open(flag, "x"):
-            pass
-    except FileExistsError:
-        return
-    os._exit(1)
-
-
 class Deadly(dict[str, Any]):
     """Features that kill the worker which unpacks them."""
 
@@ -275,7 +265,7 @@ class Deadly(dict[str, Any]):
 def _unpacked(flag: str) -> dict[str, Any]:
     if multiprocessing.parent_process() is None:
         return Deadly(flag=flag)
-    die_once(flag)
+    kill_worker(flag)
     return {}
 
 
@@ -286,7 +276,7 @@ class Mortal:
         self.model, self.flag, self.schema = model, flag, model.schema
 
     def predict(self, batch: sr.Batch) -> Any:
-        die_once(self.flag)
+        kill_worker(self.flag)
         return self.model.predict(batch)
 
 
@@ -297,7 +287,7 @@ def test_a_worker_killed_in_prepare(client: Any, tmp_path: Path) -> None:
 
     def decode(line: bytes) -> Any:
         if b"i200" in line:
-            die_once(flag)
+            kill_worker(flag)
         return decode_event(line)
 
     rows = dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema, parts=3, decode=decode, **parts())
@@ -327,11 +317,14 @@ def test_a_worker_killed_in_score(client: Any, tmp_path: Path) -> None:
     assert [row["user"] for name in files for row in parquet.read_table(name).to_pylist()] == [u.name for u in users]
 
 
-def test_a_task_that_always_kills_is_a_clear_error(client: Any, tmp_path: Path) -> None:
+def test_a_task_that_always_kills_is_a_clear_error(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.cluster.scheduler, "allowed_failures", 0)  # each death takes seconds
     archive = write(tmp_path, make_stream(2, 50), files=1)
 
     def decode(line: bytes) -> Any:
-        os._exit(1)
+        kill_worker()
 
     with pytest.raises(dask.ClusterError, match="workers died again and again"):
         dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema, decode=decode)
@@ -375,11 +368,16 @@ def test_a_lost_scheduler_and_one_without_workers_are_clear_errors(
                 patched.setattr("streamrec.adapters.dask._cluster.NOBODY", 0.5)
                 with pytest.raises(dask.ClusterError, match="the cluster has had no worker"):
                     dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema)
-            killer = threading.Timer(1.0, scheduler.kill)  # nobody works there: the task waits
-            killer.start()
-            with pytest.raises(dask.ClusterError, match="the scheduler is lost"):
-                dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema, timeout=60.0)
-            killer.join()
+            model, out = sr.FM(Schema, dim=4), str(tmp_path / "out")
+            lost = pytest.raises(dask.ClusterError, match="the scheduler is lost")
+            with ThreadPoolExecutor() as threads, lost:
+                scored = threads.submit(dask.score, client, model, ["u1"], out, catalogue=["p1"], timeout=60.0)
+                killer = threading.Timer(1.0, scheduler.kill)  # nobody works there: the tasks wait
+                killer.start()
+                with pytest.raises(dask.ClusterError, match="the scheduler is lost"):
+                    dask.prepare(client, archive, out, schema=Schema, timeout=60.0)
+                killer.join()
+                scored.result()
     finally:
         scheduler.kill()
         scheduler.wait()

@@ -19,6 +19,7 @@ from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from streamrec.testing._state import copy_state, first_difference
 from streamrec.trainers import Dense
+from tests.adapters.killing import kill_worker
 from tests.models.tiny_bert import tiny_bert
 from tests.trainers.test_dense import ROWS, SCHEMA, Hybrid, Net, adam, rows_of, shown
 
@@ -126,7 +127,7 @@ class Trapped(Net):
 
     def do(self) -> None:
         if self.deed == "die":
-            os._exit(1)
+            kill_worker()
         if self.deed == "raise":
             raise ArithmeticError("this rank cannot count")
         while not os.path.exists(f"{self.folder}/end"):
@@ -163,11 +164,14 @@ def test_what_a_rank_raises_is_raised_here(client: Any, rows: sr.EncodedRows, tm
         fit_dense(client, trainer(tmp_path / "two", Trapped(tmp_path, "raise")), rows, ranks=2)
 
 
-def test_a_rank_that_hangs_is_a_clear_error(client: Any, rows: sr.EncodedRows, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_a_clear_error(
+    client: Any, rows: sr.EncodedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamrec.adapters.dask._dense.GRACE", 1.0)  # nothing but waiting
     client.wait_for_workers(2, timeout=120)
     try:
-        with pytest.raises(dask.ClusterError, match=r"ranks were lost 2 times, last: a worker has not answered in 5 s"):
-            fit_dense(client, trainer(tmp_path, Trapped(tmp_path, "hang")), rows, ranks=2, restarts=1, timeout=5.0)
+        with pytest.raises(dask.ClusterError, match=r"ranks were lost 2 times, last: a worker has not answered in 3 s"):
+            fit_dense(client, trainer(tmp_path, Trapped(tmp_path, "hang")), rows, ranks=2, restarts=1, timeout=3.0)
     finally:
         (tmp_path / "end").touch()
 

@@ -20,6 +20,7 @@ from streamrec.batch import LabeledRows
 from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from tests.adapters.conftest import local_cluster
+from tests.adapters.killing import kill_worker
 
 distributed = pytest.importorskip("distributed")
 dask = pytest.importorskip("streamrec.adapters.dask")
@@ -146,13 +147,8 @@ class Killer:
         self.flag, self.at = flag, at
 
     def __call__(self, progress: float) -> float:
-        if progress >= self.at and multiprocessing.parent_process() is not None:
-            try:
-                with open(self.flag, "x"):
-                    pass
-            except FileExistsError:
-                return 1.0
-            os._exit(1)
+        if progress >= self.at:
+            kill_worker(self.flag)
         return 1.0
 
 
@@ -178,15 +174,15 @@ def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(
     uri, store = written(tmp_path), str(tmp_path / "store")
 
     def deadly(progress: float) -> float:
-        if progress >= 0.6 and multiprocessing.parent_process() is not None:
-            os._exit(1)
+        if progress >= 0.6:
+            kill_worker()
         return 1.0
 
     settings: dict[str, Any] = {"store": store, "checkpoint_seconds": 1e-3}
     # of its own: a nanny whose worker dies while it starts may never start it again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # starting a cluster is not what is tested
-        cluster = local_cluster()
+        cluster = local_cluster(1)
     clear = pytest.raises(dask.ClusterError, match=r"workers were lost 2 times|there are no workers")
     with cluster, distributed.Client(cluster, set_as_default=False) as other, clear:
         dask.fit(other, make(**settings, schedule=deadly), uri, copies=2, apart=1000)

@@ -23,6 +23,7 @@ from streamrec.batch import LabeledRows
 from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from streamrec.testing._state import copy_state, first_difference
+from tests.adapters.killing import kill_worker
 
 distributed = pytest.importorskip("distributed")
 dask = pytest.importorskip("streamrec.adapters.dask")
@@ -241,24 +242,12 @@ def test_trials_that_fail_or_score_nan_are_counted_and_stopped(
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def die(flag: str | None) -> None:
-    """Take this worker's process down: always, or the first time anyone comes here."""
-    assert multiprocessing.parent_process() is not None
-    if flag is not None:
-        try:
-            with open(flag, "x"):
-                pass
-        except FileExistsError:
-            return
-    os._exit(1)
-
-
 def test_a_worker_killed_in_a_trial(client: Any, rows: sr.EncodedRows, tmp_path: Path) -> None:
     flag = str(tmp_path / "flag")
 
     def make(params: Any) -> Any:
         if params["n"] == 1:
-            die(flag)
+            kill_worker(flag)
         return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
 
     def calm(params: Any) -> Any:
@@ -277,7 +266,7 @@ def test_a_trial_that_always_kills_is_one_that_failed(
 
     def make(params: Any) -> Any:
         if params["n"] == 1:
-            die(None)
+            kill_worker()
         return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
 
     points = dask.RandomPoints(seed=next(seed for seed in range(99) if kinds(seed) == [0, 1, 2]))

@@ -53,6 +53,23 @@ def test_the_default_layout_gives_back_what_was_written(tmp_path: Path) -> None:
     check_source(lambda: Parquet(str(tmp_path / "a.parquet")))
 
 
+def test_features_in_a_struct_or_a_map_are_those_of_a_json_object(tmp_path: Path) -> None:
+    told = [{"a": "x", "n": 0.5}, {"n": 1.5}, {}]
+    shown: list[Any] = [
+        sr.Impression(f"i{n}", float(n), "u", "p", {**one, "page": "home"}) for n, one in enumerate(told)
+    ]
+    table = table_of([sr.Impression(f"i{n}", float(n), "u", "p") for n in range(3)]).drop_columns(["features"])
+    table = table.append_column("page", pa.array(["home"] * 3))
+    struct = pa.array([*told[:2], None], pa.struct([("a", pa.string()), ("n", pa.float64())]))
+    pq.write_table(table.append_column("features", struct), tmp_path / "struct.parquet")
+    assert rest(Parquet(str(tmp_path / "struct.parquet"))) == shown
+    weights = [[("a", 0.5)], [("b", None), ("c", 2.0)], None]
+    pairs = pa.array(weights, pa.map_(pa.string(), pa.float64()))
+    pq.write_table(table.append_column("features", pairs), tmp_path / "map.parquet")
+    found: list[Any] = rest(Parquet(str(tmp_path / "map.parquet")))
+    assert [one.features for one in found] == [{"a": 0.5, "page": "home"}, {"c": 2.0, "page": "home"}, {"page": "home"}]
+
+
 def test_contract_over_a_partitioned_data_set_with_bad_rows(tmp_path: Path) -> None:
     events = mixed(0, 80)
     for hour in range(4):

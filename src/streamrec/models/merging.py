@@ -49,8 +49,8 @@ class Copy:
     """A copy of an FM, one of several that learn apart: what it has learned since the last merge, and the merge.
 
     All copies must have been the same when their `Copy` was made, and merge the same changes in the same order; then
-    they are the same after it, bit for bit, but for the numbers of the rows. Keeps what the rows were, which doubles
-    the model's memory.
+    they are the same after it, bit for bit, but for the numbers of the rows. Keeps what the rows were and what was sent
+    of them, each as much memory as the model's.
 
     >>> import copy
     >>> from streamrec import Id, Impression, Schema
@@ -81,6 +81,7 @@ class Copy:
         self._rows.array[:used] = model._table.array[:used]
         self._ids = Rows((), np.int64, max(used, 1))
         self._ids.array[:used] = model.ids.ids
+        self._sent = np.empty((0, width), dtype=np.float32)
         self._places = Rows((), np.int32, max(used, 1))  # of a row in the merge under way, plus 1; else 0
         self._remember()
         self._forget_expired()
@@ -108,16 +109,19 @@ class Copy:
         return alive
 
     def changes(self) -> Changes:
-        """What has been learned since the last merge."""
+        """What has been learned since the last merge; its arrays are good until the next call."""
         model = self.model
         rows = np.flatnonzero(model._touched.array[: model.ids.used] & CHECKPOINT)
         if model._expires:
             rows = rows[self._live(rows)]
         counted = np.flatnonzero(model._sketch != self._other["sketch"])
         model._gather()
+        if len(self._sent) < len(rows):  # kept from merge to merge: to be given memory takes longer than to fill it
+            self._sent = np.empty((len(rows) + len(rows) // 4, self._rows.array.shape[1]), dtype=np.float32)
         return {
             "ids": model.ids.owners[rows],
-            "rows": model._table.array.take(rows, axis=0),
+            # these rows exist; by any other mode numpy takes memory of its own in between
+            "rows": model._table.array.take(rows, axis=0, out=self._sent[: len(rows)], mode="clip"),
             "expiry": model._expiry.array[rows] if model._expires else np.zeros(0),
             "bias": np.append(model.bias.detach().numpy(), model.optimizer_bias.numpy()),
             "statistics": model.statistics.numpy().copy(),

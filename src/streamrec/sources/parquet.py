@@ -40,8 +40,8 @@ class Parquet:
     pattern; a path or any fsspec URI. Names that begin with "_" or "." are passed over.
 
     One row is one event. Columns are named as the fields of events are: `type`, `time`, `id`, `user`, `item`, `score`,
-    `features` (a JSON object), `impression_id`, `kind`, `value`, `label`, `weight`; all others are features, and null
-    is no feature. `columns`: where a column is called otherwise, `{"user": "customer_id"}`. `features`: only these
+    `features` (JSON, a struct or a map), `impression_id`, `kind`, `value`, `label`, `weight`; all others are features;
+    null is none. `columns`: where a column is called otherwise, `{"user": "customer_id"}`. `features`: only these
     columns. `kind`: what the rows are, `"impression"`, `"feedback"` or `"labeled"`, where no column `type` says so;
     None: labeled with a column `label`, feedback with `impression_id`, else impressions. `time_unit`: of a time that is
     a number. Without a column `id` the file and the row are the id. Users and items that are numbers become their text.
@@ -182,23 +182,9 @@ class Parquet:
             raise SourceError(f"no Parquet file in {self.uri!r}; check the folder")
         return root, kept
 
-    @contextmanager
-    def _open(self, path: str, group: int | None = None) -> Iterator[Any]:
-        """A file; to read a row group in which some columns repeat few strings, with those by their dictionaries."""
-        from pyarrow import parquet
-
-        with self._fs.open(path, "rb") as raw:
-            with parquet.ParquetFile(raw) as file:
-                repeating = [] if group is None else _repeating(file, group)
-                if not repeating:
-                    yield file
-                    return
-            with parquet.ParquetFile(raw, metadata=file.metadata, read_dictionary=repeating) as file:
-                yield file
-
     def _groups(self, path: str, order: str) -> list[Group]:
         try:
-            with self._open(path) as file:
+            with opened(self._fs, path) as file:
                 named = self._layout.named(file.schema_arrow.names, repr(path))
                 below = path[len(self._root) :].lstrip("/")
                 about = file.metadata
@@ -247,7 +233,7 @@ class Parquet:
         for group in groups:
             path = f"{self._root}/{group.path}" if self._root else group.path
             try:
-                with self._open(path, group.number) as file:
+                with opened(self._fs, path, group.number) as file:
                     firsts.append(sum(file.metadata.row_group(n).num_rows for n in range(group.number)))
                     named = self._layout.named(file.schema_arrow.names, repr(path))
                     wanted = [*named.fields.values(), *named.features]
@@ -274,6 +260,21 @@ class Parquet:
             return groups[which].path, firsts[which] + at - (int(ends[which - 1]) if which else 0)
 
         return Rows(table.combine_chunks(), named, self._layout.scale, place)
+
+
+@contextmanager
+def opened(fs: Any, path: str, group: int | None = None) -> Iterator[Any]:
+    """A file; to read a row group in which some columns repeat few strings, with those by their dictionaries."""
+    from pyarrow import parquet
+
+    with fs.open(path, "rb") as raw:
+        with parquet.ParquetFile(raw) as file:
+            repeating = [] if group is None else _repeating(file, group)
+            if not repeating:
+                yield file
+                return
+        with parquet.ParquetFile(raw, metadata=file.metadata, read_dictionary=repeating) as file:
+            yield file
 
 
 def _repeating(file: Any, group: int) -> list[str]:

@@ -119,7 +119,8 @@ class EncodedRows:
             found.append(group.take(slice(self._row - first, self._row - first + many)))
             self._row += many
             limit -= many
-        return LabeledRows.concatenated(found) if found else None
+        # never arrow's own memory: it is read-only, for which the loops would be compiled anew
+        return LabeledRows.concatenated(found) if len(found) > 1 else found[0].compact() if found else None
 
     def _group(self) -> tuple[int, int, LabeledRows]:
         """The row group that holds the next row."""
@@ -262,6 +263,8 @@ def _table(rows: LabeledRows) -> Any:
 
 
 def _rows(table: Any, text_fields: int) -> LabeledRows:
+    """Views of the table, which nobody may write to."""
+
     def column(name: str) -> Any:
         return table.column(name).combine_chunks()
 
@@ -270,7 +273,7 @@ def _rows(table: Any, text_fields: int) -> LabeledRows:
     cut = slice(int(offsets[0]), int(offsets[-1]))
     offsets -= offsets[0]
     flat = [column(name).values.to_numpy()[cut] for name in ("ids", "values", "fields")]
-    label, weight, time = (column(name).to_numpy().copy() for name in ("label", "weight", "time"))
+    label, weight, time = (column(name).to_numpy() for name in ("label", "weight", "time"))
     texts: dict[str, int] = {}
     refs = np.zeros((0, 0), dtype=np.int32)
     if text_fields:
@@ -281,7 +284,5 @@ def _rows(table: Any, text_fields: int) -> LabeledRows:
             ],
             dtype=np.int32,
         ).reshape(len(label), text_fields)
-    # copies: arrow's memory is read-only, for which the loops would be compiled anew
-    columns = (np.array(flat[0]), np.array(flat[1]), np.array(flat[2]))
-    batch = Batch(*columns, offsets[:-1].copy(), offsets[1:].copy(), [*texts], refs, time)
+    batch = Batch(flat[0], flat[1], flat[2], offsets[:-1], offsets[1:], [*texts], refs, time)
     return LabeledRows(batch, label, weight)

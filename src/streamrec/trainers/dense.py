@@ -369,7 +369,7 @@ def _packets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
 def _own(rows: LabeledRows, begin: int, end: int) -> LabeledRows:
     """These rows in memory of their own."""
     some = rows.take(slice(begin, end))
-    return LabeledRows(some.batch.compact(), some.labels.copy(), some.weights.copy())
+    return some.compact()
 
 
 def _copied(value: Any) -> Any:

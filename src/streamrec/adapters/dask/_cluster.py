@@ -30,7 +30,9 @@ __all__ = [
     "require_client",
     "result",
     "results",
+    "spread",
     "submit",
+    "threads_of",
     "told",
 ]
 
@@ -38,6 +40,8 @@ T = TypeVar("T")
 
 NOBODY = 300.0
 """Seconds in which a cluster that has no workers, for its last one died or none has come yet, may get one."""
+SPREAD = 15.0
+"""Seconds in which workers may get what tasks share, before the tasks are asked for all the same."""
 
 
 @dask_serialize.register(FM)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -80,6 +84,15 @@ def require_client(client: Any) -> Client:
     return client
 
 
+def threads_of(client: Client) -> dict[str, int]:
+    """How many threads each worker has, by its address. Raises `ClusterError` where the scheduler is lost."""
+    if client.status != "running":  # else it would be called for half a minute
+        raise lost_scheduler(client)
+    with told(client):
+        found: dict[str, int] = client.nthreads()  # type: ignore[no-untyped-call]
+        return found
+
+
 def submit(client: Client, task: Task) -> Future[Any]:
     """Ask for one task."""
     with told(client):
@@ -106,6 +119,16 @@ def given(client: Client, value: Any) -> Future[Any]:
 
 def _same(value: T) -> T:
     return value
+
+
+def spread(client: Client, *values: Future[Any] | None) -> None:
+    """Let every worker have what tasks share, before these are asked for: Dask sends a task to where its data is, and
+    so all of them to the one that was first. A worker that comes later, or has not got it in time, gets it with a task
+    that it steals."""
+    with suppress(Exception):  # what is wrong with the cluster, the tasks will say
+        client.replicate(  # type: ignore[no-untyped-call]
+            [value for value in values if value is not None], callback_timeout=SPREAD
+        )
 
 
 def results(
@@ -151,12 +174,9 @@ def ended(
                 done = ()
         if done:
             return [future for future in futures if future in done]
-        if client.status != "running":
-            raise lost_scheduler(client)
         if time.monotonic() > begun + at_most:
             return []
-        with told(client):
-            workers = len(client.nthreads())  # type: ignore[no-untyped-call]
+        workers = len(threads_of(client))
         if workers:
             peopled = time.monotonic()
         elif time.monotonic() > peopled + NOBODY:
@@ -197,7 +217,7 @@ class told:
             return
         if isinstance(error, (CancelledError, CommClosedError, TimeoutError)):
             raise lost_scheduler(self._client) from error
-        if isinstance(error, RuntimeError) and self._client.status != "running":
+        if isinstance(error, (RuntimeError, OSError)) and self._client.status != "running":
             raise lost_scheduler(self._client) from error
 
 

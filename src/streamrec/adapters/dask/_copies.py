@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from distributed import Client
 from tqdm import tqdm
 
-from streamrec.adapters.dask._cluster import ClusterError, given, told
+from streamrec.adapters.dask._cluster import ClusterError, given, threads_of
 from streamrec.adapters.dask._ranks import Group, Parted, Ranks, run_ranks
 from streamrec.adapters.dask._share import Cuts, Share
 from streamrec.batch import LabeledRows
@@ -52,8 +52,7 @@ def fit_copies(
     timeout: float,
 ) -> Report:
     """See `fit`."""
-    with told(client):
-        threads = client.nthreads()  # type: ignore[no-untyped-call]
+    threads = threads_of(client)
     count = copies or max(1, min(sum(threads.values()), 8))
     cuts = Cuts(len(rows), count, trainer.window, apart)
     names = ("epochs", "window", "shuffle", "seed", "validation", "patience", "metrics", "schedule")
@@ -93,9 +92,8 @@ def _wait_for_workers(client: Client, wanted: int) -> None:
     """Until there are as many workers as there were, for a while: a lost one often comes back."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with told(client):
-            if len(client.nthreads()) >= wanted:  # type: ignore[no-untyped-call]
-                return
+        if len(threads_of(client)) >= wanted:
+            return
         time.sleep(0.1)
 
 

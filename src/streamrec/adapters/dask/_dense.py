@@ -23,10 +23,10 @@ from streamrec.adapters.dask._cluster import (
     ClusterError,
     Task,
     given,
-    lost_scheduler,
     require_client,
     result,
     submit,
+    threads_of,
     told,
 )
 from streamrec.errors import ConfigError
@@ -105,8 +105,7 @@ def fit_dense(
     sent = given(client, trainer)
     lost, parts = "", 0
     for _ in range(restarts + 1):
-        with told(client):
-            living = sorted(client.nthreads())[:ranks]
+        living = sorted(threads_of(client))[:ranks]
         if not living:
             raise ClusterError("there are no workers; add some and call again: the store has the last checkpoint")
         at_once = getattr(trainer.model, "accumulate", 1)  # a BertCTR has micro-batches of its own
@@ -162,12 +161,9 @@ def _gathered(client: Client, tasks: Sequence[Task], workers: Sequence[str], sec
     deadline, lost = time.monotonic() + seconds, ""
     try:
         while True:
-            with told(client):
-                with suppress(TimeoutError):
-                    wait(futures, timeout=0.5)  # type: ignore[no-untyped-call]
-                there = set(client.nthreads())  # type: ignore[no-untyped-call]
-            if client.status != "running":
-                raise lost_scheduler(client)
+            with told(client), suppress(TimeoutError):
+                wait(futures, timeout=0.5)  # type: ignore[no-untyped-call]
+            there = threads_of(client)
             for future in futures:
                 if future.status in ("error", "cancelled", "lost"):
                     try:

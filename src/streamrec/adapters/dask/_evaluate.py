@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from streamrec.adapters.dask._cluster import Task, require_client, results
+from streamrec.adapters.dask._cluster import Task, require_client, results, spread
 from streamrec.adapters.dask._models import Reference, model_of, reference
 from streamrec.errors import ConfigError
 from streamrec.evaluators import Report
@@ -38,6 +38,7 @@ def evaluate(
         raise ConfigError("metrics must name one at least, such as [AUC()]")
     rows = EncodedRows(data) if isinstance(data, str) else data
     where = reference(client, model)
+    spread(client, where.sent)
     fresh = [metric.fresh() for metric in metrics]
     tasks = [Task("evaluate", _judge, (where._replace(sent=None), where.sent, one, fresh)) for one in rows.by_file()]
     found: list[list[Metric]] = [[]] * len(tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Union
 
@@ -11,8 +12,10 @@ import fsspec
 import msgspec
 from fsspec.core import url_to_fs
 
+from streamrec._event_columns import Layout, Named, Rows, seconds_of
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import DeadLetter, Decoded, Event, Item, decode_event, decode_lines
+from streamrec.sources.parquet import opened
 
 __all__ = ["Piece", "pieces_of"]
 
@@ -96,36 +99,41 @@ def _letter(position: Mapping[str, Any], error: Exception, raw: bytes) -> DeadLe
     return DeadLetter(position, f"malformed: {error}"[:500], raw[:_MAX_RAW])
 
 
+_LAYOUT = Layout(None, None, None, "s")
+
+
 class ParquetPiece(msgspec.Struct, frozen=True):
-    """One row group of a Parquet file of events."""
+    """One row group of a Parquet file of events, laid out as `streamrec.sources.Parquet` has it."""
 
     uri: str
     group: int
 
     def events(self, decode: Callable[[bytes], Event]) -> Iterator[Sequence[Item]]:
-        from pyarrow import parquet
-
-        with fsspec.open(self.uri, "rb") as file:
-            table = parquet.ParquetFile(file).read_row_group(self.group)
+        with self._opened() as (file, named):
+            table = file.read_row_group(self.group, columns=[*named.fields.values(), *named.features])
+            first = sum(file.metadata.row_group(number).num_rows for number in range(self.group))
+        rows = Rows(table.combine_chunks(), named, _LAYOUT.scale, lambda row: (self.uri, first + row))
         for begin in range(0, table.num_rows, AT_ONCE):
-            rows = table.slice(begin, AT_ONCE).to_pylist()
-            yield [
-                event_of(row, {"path": self.uri, "group": self.group, "row": begin + n}) for n, row in enumerate(rows)
-            ]
+            yield rows.slice(begin, min(begin + AT_ONCE, table.num_rows)).events()
 
     def spans(self, decode: Callable[[bytes], Event]) -> Iterator[tuple[float, float]] | None:
-        """As of a `JsonPiece`. None where times are no column of numbers."""
-        from pyarrow import parquet, types
+        """As of a `JsonPiece`. None where there is no row."""
+        with self._opened() as (file, named):
+            column = file.read_row_group(self.group, columns=[named.fields["time"]]).column(0)
+        times = seconds_of(column, _LAYOUT.scale)
+        return iter([(float(times.min()), float(times.max()))]) if len(times) else None
 
-        with fsspec.open(self.uri, "rb") as file:
-            opened = parquet.ParquetFile(file)
-            if "time" not in opened.schema_arrow.names:
-                return None
-            column = opened.read_row_group(self.group, columns=["time"]).column("time")
-        if not types.is_float64(column.type) or column.null_count or not len(column):
-            return None
-        times = column.to_numpy()
-        return iter([(float(times.min()), float(times.max()))])
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Named]]:
+        """The file, and what its columns are. Raises `SourceError`."""
+        fs, path = url_to_fs(self.uri)
+        try:
+            with opened(fs, path, self.group) as file:
+                yield file, _LAYOUT.named(file.schema_arrow.names, repr(self.uri))
+        except SourceError:
+            raise
+        except Exception as error:  # broad on purpose: a damaged file raises whatever its first odd byte leads to
+            raise SourceError(f"cannot read {self.uri!r} as Parquet: {error}") from error
 
 
 class ListPiece(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from streamrec.adapters.dask._cluster import Task, require_client, results
+from streamrec.adapters.dask._cluster import Task, require_client, results, threads_of
 from streamrec.adapters.dask._pieces import ListPiece, pieces_of
 from streamrec.batch import LabeledRows
 from streamrec.errors import ConfigError
@@ -139,7 +139,7 @@ def _parts(
     timeout: float,
 ) -> list[_Done]:
     """Make all parts."""
-    threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    threads = sum(threads_of(client).values())
     count = min(len(pieces), parts or max(1, 2 * threads))
     cuts = [len(pieces) * n // count for n in range(count + 1)]
     tasks = []

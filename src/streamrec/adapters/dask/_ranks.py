@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from distributed import Client, get_worker
 from distributed.comm.addressing import get_address_host
 from torch import distributed as dist
 
-from streamrec.adapters.dask._cluster import ClusterError, Task, ended, lost_scheduler, result, submit, told
+from streamrec.adapters.dask._cluster import ClusterError, Task, ended, result, submit, threads_of, told
 from streamrec.storage._pack import pack, unpack
 
 __all__ = ["Group", "Parted", "Ranks", "run_ranks"]
@@ -48,8 +47,7 @@ class Ranks(NamedTuple):
     def placed(client: Client, count: int) -> Ranks:
         """`count` ranks over the workers there are, by their threads. A worker may have more ranks than threads: then
         these take turns. Raises `ClusterError` where there is no worker."""
-        with told(client):
-            threads = client.nthreads()  # type: ignore[no-untyped-call]
+        threads = threads_of(client)
         if not threads:
             raise ClusterError("there are no workers: start some, and wait for them by client.wait_for_workers(1)")
         of: dict[str, list[int]] = {address: [] for address in sorted(threads)}
@@ -69,7 +67,7 @@ class Group:
         """Tells the client something, a sign of life."""
         self._meeting = meeting
         self._group: Any = None
-        self._memory = torch.zeros(size + 1, 0, dtype=torch.uint8)
+        self._memory: dict[int, torch.Tensor] = {}
         if meeting is None or size == 1:
             return
         patience = datetime.timedelta(seconds=meeting.timeout)
@@ -97,19 +95,43 @@ class Group:
         """
         if self._group is None:
             return [message]
-        chunks = [np.frombuffer(chunk, dtype=np.uint8) for chunk in pack(message) if len(chunk)]
+        chunks = [_as_tensor(chunk) for chunk in pack(message) if len(chunk)]
         with _parted():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            self._group.allgather([sizes], [torch.tensor([sum(map(len, chunks))])]).wait()
-            longest, at = max(map(int, sizes)), 0
-            if self._memory.shape[1] < longest:  # taken again by every call, for the system is slow to give it
-                self._memory = torch.zeros(self.size + 1, longest + longest // 4, dtype=torch.uint8)
-            mine, *found = (row[:longest] for row in self._memory)
-            for chunk in chunks:
-                mine.numpy()[at : at + len(chunk)] = chunk
-                at += len(chunk)
-            self._group.allgather([found], [mine]).wait()
-        return [unpack(one.numpy()[: int(size)]) for one, size in zip(found, sizes, strict=True)]
+            counts = self._swap([torch.tensor([len(chunks)])], lambda rank: [torch.zeros(1, dtype=torch.int64)])
+            lengths = self._swap(
+                [torch.tensor([len(chunk) for chunk in chunks])],
+                lambda rank: [torch.zeros(int(counts[rank][0]), dtype=torch.int64)],
+            )
+            sizes = {rank: found.tolist() for rank, (found,) in lengths.items()}
+            self._swap(chunks, lambda rank: torch.split(self._room(rank, sum(sizes[rank])), sizes[rank]))
+        received = {rank: unpack(self._room(rank, sum(size)).numpy()) for rank, size in sizes.items()}
+        return [received.get(rank, message) for rank in range(self.size)]
+
+    def _swap(
+        self, mine: Sequence[torch.Tensor], room: Callable[[int], Sequence[torch.Tensor]]
+    ) -> dict[int, Sequence[torch.Tensor]]:
+        """Send these tensors to every other rank, and receive what it sends, one by one, in this room.
+
+        From rank to rank, from and into memory that is there: torch's own allgather takes new memory for all each time,
+        which costs a system more than to send it.
+        """
+        theirs = {rank: room(rank) for rank in range(self.size) if rank != self.number}
+        works = [self._group.recv([to], rank, tag) for rank, some in theirs.items() for tag, to in enumerate(some)]
+        works += [self._group.send([one], rank, tag) for rank in theirs for tag, one in enumerate(mine)]
+        for work in works:
+            work.wait()
+        return theirs
+
+    def _room(self, rank: int, size: int) -> torch.Tensor:
+        """For what this rank sends."""
+        if len(self._memory.get(rank, ())) < size:
+            self._memory[rank] = torch.empty(size + size // 4, dtype=torch.uint8)
+        return self._memory[rank][:size]
+
+
+def _as_tensor(chunk: memoryview) -> torch.Tensor:
+    """Bytes, copied only where torch would complain that it must not write to them."""
+    return torch.frombuffer(bytearray(chunk) if chunk.readonly else chunk, dtype=torch.uint8)
 
 
 class _parted:
@@ -234,7 +256,7 @@ def run_ranks(
             client.cancel([*futures], force=True)  # type: ignore[no-untyped-call]
         with suppress(Exception):
             # one that is gone would be called for half a minute
-            living = [address for address in client.nthreads() if address in ranks.of]  # type: ignore[no-untyped-call]
+            living = [address for address in threads_of(client) if address in ranks.of]
             client.run(_give_up, token, workers=living, on_error="ignore", wait=False)
 
 
@@ -255,8 +277,7 @@ def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, 
         done = ended(client, futures, timeout=math.inf, at_most=1.0)
         if done:
             return done
-        with told(client):
-            there = client.nthreads()  # type: ignore[no-untyped-call]
+        there = threads_of(client)
         missing = [address for address in ranks.of if address not in there]
         if missing:
             raise Parted(f"the workers {', '.join(missing)} are gone")
@@ -265,5 +286,3 @@ def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, 
                 f"nothing was heard of the ranks for {timeout:.0f} s: their workers are busy with other tasks, cannot "
                 "reach each other, or a window takes longer; see the dashboard, or raise timeout"
             )
-        if client.status != "running":
-            raise lost_scheduler(client)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from streamrec.adapters.dask._cluster import Task, given, require_client, results
+from streamrec.adapters.dask._cluster import Task, given, require_client, results, spread, threads_of
 from streamrec.adapters.dask._models import Reference, catalogue_of, reference
 from streamrec.errors import ConfigError, StoreError
 from streamrec.models import FM
@@ -27,6 +27,12 @@ class User(NamedTuple):
 
     name: str
     features: Mapping[str, Any] = {}
+
+
+class _Items(NamedTuple):
+    """A catalogue on its way: of a bare list Dask serialises each element by itself, which takes seconds."""
+
+    items: Sequence[str | Candidate]
 
 
 def score(
@@ -57,13 +63,14 @@ def score(
             raise ConfigError(f"{name} must be >= 1, got {value!r}")
     where = reference(client, model)
     whole = [User(one) if isinstance(one, str) else one for one in users]
-    items = given(client, list(catalogue))
+    items = given(client, _Items(list(catalogue)))
+    spread(client, where.sent, items)
     tasks = [
         Task("score", _best, (where._replace(sent=None), where.sent, items, whole[at : at + at_once], k, out, number))
         for number, at in enumerate(range(0, len(whole), at_once))
     ]
     files = [""] * len(tasks)
-    threads = sum(client.nthreads().values())
+    threads = sum(threads_of(client).values())
     # users go along with their task: no more of them are sent than can be worked on soon
     for place, name in results(client, tasks, timeout=timeout, ahead=4 * max(1, threads)):
         files[place] = name
@@ -80,12 +87,12 @@ def score(
 
 
 def _best(
-    where: Reference, sent: Any, catalogue: Any, users: Sequence[User], k: int | None, out: str, number: int
+    where: Reference, sent: Any, catalogue: _Items, users: Sequence[User], k: int | None, out: str, number: int
 ) -> str:
     import pyarrow
     from pyarrow import parquet
 
-    view, items = catalogue_of(where, sent, catalogue)
+    view, items = catalogue_of(where, sent, catalogue.items)
     found = [view.retrieve_places(user=name, k=k, features=features) for name, features in users]
     lengths = [len(places) for places, _ in found]
     names = pyarrow.array([name for name, _ in users], pyarrow.string())

@@ -15,7 +15,7 @@ import msgspec
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results, told
+from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results, threads_of
 from streamrec.adapters.dask._space import Points, RandomPoints
 from streamrec.adapters.dask._trial import FMs, Make, Outcome, Told, run_trial
 from streamrec.adapters.dask._trials import Trial, Trials, plain_params
@@ -196,8 +196,7 @@ class _Run:
         outcomes = self.saved.rounds[number]
         missing = [one for one in chosen if str(one) not in outcomes]
         bar.update(len(chosen) - len(missing))
-        with told(self._client):
-            threads = max(1, sum(self._client.nthreads().values()))
+        threads = max(1, sum(threads_of(self._client).values()))
         died: list[int] = []
         # no more at a time than are worked on: where a worker dies, all that waits there is suspected too
         for one, outcome in self._tried(number, missing, params, threads):
