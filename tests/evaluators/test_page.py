@@ -84,3 +84,26 @@ def test_json_has_all_of_it() -> None:
     told = json.loads(REPORT.to_json())
     assert told["metrics"]["NE"] is None and told["counts"] == dict(REPORT.counts) and told["seconds"] == 2.0
     assert [one["metrics"]["AUC"] for one in told["windows"]] == [window.metrics["AUC"] for window in WINDOWS]
+
+
+def test_promotions_and_rollbacks_are_marked_where_they_were_decided() -> None:
+    store = Store("memory://page-marks", clock=lambda: 1_700_000_000.0)
+    for _ in range(2):
+        store.versions.write({"bias": 0.5}, {})
+    served = store.served
+    served.pin(1, why="the first")  # before any event: no mark
+    served.pin(2, why="not worse <than> 1", time=120.0)
+    served.challenge(2, time=150.0)  # serves nothing else
+    served.pin(1, why="version 2 is worse than 1", time=230.0)
+    served.note("the learner goes back to the checkpoint of version 1", time=240.0)
+    served.pin(2, why="outside of the picture", time=9_000.0)
+    page = REPORT.to_html(decisions=served.history())
+    auc = page[page.index("<h2>AUC</h2>") :]
+    auc = auc[: auc.index("</svg>")]
+    assert auc.count('class="up"') == 1 and auc.count('class="down"') == 2
+    assert "version 2: not worse &lt;than&gt; 1" in auc and "is tried" not in auc and "outside" not in auc
+    assert Reader().feed(page) is None
+    # the pictures begin at 50 and end at 350, in the middles of their first and last windows
+    places = [float(part.split('"')[0]) for part in auc.split('class="up" x1="')[1:]]
+    left, right = 62.0, 850.0
+    assert abs(places[0] - (left + (right - left) * (120 - 50) / 300)) < 0.1

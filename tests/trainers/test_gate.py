@@ -132,6 +132,7 @@ def test_what_a_poisoned_hour_taught_is_unlearned(
     told = one.store.served.history()  # type: ignore[union-attr]
     back = next(n for n, decision in enumerate(told) if "the learner goes back to the checkpoint" in decision.why)
     assert told[back - 1].version == told[back].version, "the same version is served"
+    assert 10.0 * HOUR.stop < told[back].time < 10.0 * (HOUR.stop + 5_000)  # type: ignore[operator]
     counts = one.report().counts
     assert 6_000 < counts["unlearned"] < 10_000 and counts["learned"] == counts["events"] == len(poisoned)
     # the verdict came within 5,000 events of the end of the hour, and not before

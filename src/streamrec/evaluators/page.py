@@ -17,7 +17,7 @@ _STYLE = """body{font:14px/1.5 system-ui,sans-serif;color:#1e293b;max-width:900p
 h1{font-size:1.3rem}h2{font-size:1rem;margin:1.6rem 0 .3rem}table{border-collapse:collapse}
 td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #e2e8f0}
 td.n{text-align:right;font-variant-numeric:tabular-nums}svg{display:block;width:100%;height:auto}
-text{font-size:11px;fill:#64748b}.muted{color:#64748b}"""
+text{font-size:11px;fill:#64748b}.up{stroke:#16a34a}.down{stroke:#dc2626}.muted{color:#64748b}"""
 
 
 def page_of(
@@ -35,7 +35,7 @@ def page_of(
         f"<h1>{escape(title)}</h1>",
         f'<p class="muted">{escape(pace)}</p>' if pace else "",
         _table("Metrics", {name: _told(value) for name, value in whole.items()}),
-        *(_picture(name, windows) for name in whole),
+        *(_picture(name, windows, decisions) for name in whole),
         _table("Slices", {name: _told(value) for name, value in sliced.items()}),
         _table("What became of the events", {name: f"{count:,}" for name, count in counts.items() if count}),
         _history(decisions),
@@ -76,8 +76,21 @@ def _when(seconds: float) -> str:
         return f"{seconds:.0f} s"
 
 
-def _picture(name: str, windows: Sequence[Window]) -> str:
-    """One metric over event time; nothing where fewer than two windows tell of it."""
+def _marks(decisions: Sequence[Any]) -> list[tuple[float, str, str]]:
+    """Where another version came to be served, and how that is drawn: event time, class and what it says."""
+    marks = []
+    before = None
+    for one in decisions:
+        time = getattr(one, "time", None)
+        back = "goes back" in one.why or (before is not None and one.version is not None and one.version < before)
+        if time is not None and (one.version != before or back):
+            marks.append((time, "down" if back else "up", f"version {one.version}: {one.why}"))
+        before = one.version
+    return marks
+
+
+def _picture(name: str, windows: Sequence[Window], decisions: Sequence[Any]) -> str:
+    """One metric over event time, with what was served when; nothing where fewer than two windows tell of it."""
     points = [
         ((window.start + window.end) / 2, value)
         for window in windows
@@ -104,6 +117,13 @@ def _picture(name: str, windows: Sequence[Window]) -> str:
             f'<line x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y}" y2="{y}" stroke="#e2e8f0"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.4g}</text>'
         )
+    for time, kind, why in _marks(decisions):
+        if first <= time <= last:
+            x = place(time, high).split(",")[0]
+            grid.append(
+                f'<line class="{kind}" x1="{x}" x2="{x}" y1="10" y2="{10 + up}" stroke-dasharray="3 3">'
+                f"<title>{escape(why)}</title></line>"
+            )
     return (
         f'<h2>{escape(name)}</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name)}">'
         f'{"".join(grid)}<polyline fill="none" stroke="#2563eb" stroke-width="1.5" points="{line}"/>'

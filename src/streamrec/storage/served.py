@@ -12,11 +12,15 @@ __all__ = ["Decision", "Served"]
 
 
 class Decision(NamedTuple):
-    """From `at` on, POSIX seconds by the store's clock, `version` is served, the newest if None; `why` says why."""
+    """From `at` on, POSIX seconds by the store's clock, `version` is served, the newest if None; `why` says why.
+
+    `time`: the event time that it was decided at, where a stream has made one think of it; else None.
+    """
 
     version: int | None
     why: str
     at: float
+    time: float | None = None
 
 
 class Served:
@@ -32,7 +36,7 @@ class Served:
     >>> store.served.version()
     3
     >>> store.served.rollback(why="AUC fell to 0.52")
-    Decision(version=2, why='AUC fell to 0.52', at=1700000000.0)
+    Decision(version=2, why='AUC fell to 0.52', at=1700000000.0, time=None)
     >>> store.served.version(), store.served.follow(why="mended").version, store.served.version()
     (2, None, 3)
     """
@@ -56,7 +60,7 @@ class Served:
         latest = self._decisions.latest()
         return None if latest is None else latest.info["version"]
 
-    def pin(self, version: int, *, why: str) -> Decision:
+    def pin(self, version: int, *, why: str, time: float | None = None) -> Decision:
         """Serve this version until another decision, whatever is published. Raises `StoreError` if it is not there."""
         there = [one.number for one in self._versions.list()]
         if version not in there:
@@ -64,7 +68,7 @@ class Served:
                 f"there is no version {version} to serve; there are {', '.join(map(str, there)) or 'none'}"
             )
         before = self.pinned()
-        decision = self._decide(version, why)
+        decision = self._decide(version, why, time=time)
         if version not in [one.number for one in self._versions.list()]:  # removed by the trainer at this very moment
             self._decide(before, f"version {version} is gone")
             raise StoreError(f"version {version} was removed while it was decided for: choose a newer one")
@@ -87,17 +91,20 @@ class Served:
         """Serve the newest version from now on."""
         return self._decide(None, why)
 
-    def challenge(self, version: int) -> Decision:
+    def challenge(self, version: int, *, time: float | None = None) -> Decision:
         """Say that a version is tried against the one that is served: it stays in the store until the next decision."""
-        return self._decide(self.pinned(), f"version {version} is tried against it", challenger=version)
+        return self._decide(self.pinned(), f"version {version} is tried against it", challenger=version, time=time)
 
-    def note(self, why: str) -> Decision:
+    def note(self, why: str, *, time: float | None = None) -> Decision:
         """Write something into the history; what is served stays."""
-        return self._decide(self.pinned(), why)
+        return self._decide(self.pinned(), why, time=time)
 
     def history(self) -> list[Decision]:
         """All decisions kept, the newest last: a thousand of them."""
-        return [Decision(one.info["version"], one.info["why"], one.created) for one in self._decisions.list()]
+        return [
+            Decision(one.info["version"], one.info["why"], one.created, one.info.get("time"))
+            for one in self._decisions.list()
+        ]
 
     def needed(self) -> set[int]:
         """Versions that must not be removed: the one decided for, the one before that, one that is tried, and those
@@ -107,12 +114,14 @@ class Served:
         held = [] if latest is None else latest.info.get("held", [])
         return {version for version in (*named, *held, *self.held()) if version is not None}
 
-    def _decide(self, version: int | None, why: str, challenger: int | None = None) -> Decision:
+    def _decide(
+        self, version: int | None, why: str, challenger: int | None = None, time: float | None = None
+    ) -> Decision:
         if not isinstance(why, str) or not why.strip():
             raise ConfigError(f"why must say why, for the history, got {why!r}")
         latest = self._decisions.latest()
         unchanged = latest is not None and latest.info["version"] == version
         before = latest.info["before"] if latest is not None and unchanged else self.version()
         named = {"version": version, "before": before, "challenger": challenger}
-        info = {"why": why, **named, "held": sorted(self.held())}
-        return Decision(version, why, self._decisions.write({}, info).created)
+        info = {"why": why, **named, "held": sorted(self.held()), "time": time}
+        return Decision(version, why, self._decisions.write({}, info).created, time)

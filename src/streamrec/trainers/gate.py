@@ -96,6 +96,7 @@ class Gate:
         self._store: Store | None = None
         self._load: Callable[[int], Model] | None = None
         self._labels = 0
+        self._time: float | None = None  # of the newest impression whose label is known
 
     def forget(self) -> None:
         """Let go of the last impressions, for a user of them is to be forgotten."""
@@ -126,6 +127,8 @@ class Gate:
         """Compare what was noted of these impressions by their labels, in order; notes of a comparison that is over are
         left out."""
         self._labels += len(labels)
+        if len(shown.times):
+            self._time = max(float(shown.times.max()), -math.inf if self._time is None else self._time)
         here = notes["trial"] == self._trial.number
         if self._models["challenger"] is not None:
             self._trial.update(labels[here], notes["challenger"][here], notes["champion"][here])
@@ -186,7 +189,7 @@ class Gate:
                 self._promote()
             else:
                 why = "it is worse" if trial.low > 0 else "no answer"
-                store.served.note(f"version {versions['challenger']} is turned down: {why}: {told}")
+                store.served.note(f"version {versions['challenger']} is turned down: {why}: {told}", time=self._time)
             self._end_trial()
         self._begin()
         return back
@@ -213,12 +216,13 @@ class Gate:
         back = max(good, default=None)
         why = f"{low:.2%} more log loss at least than version {self._versions[anchor]}, over {seen:,} labels"
         if back is None:
-            store.served.note(f"the learner has {why}; it goes on as it is, for no checkpoint of that is left")
+            told = f"the learner has {why}; it goes on as it is, for no checkpoint of that is left"
+            store.served.note(told, time=self._time)
             self._watch_learner()
             return None
         if champion not in good:
             self._serve(back, f"version {champion} is worse than it, of a learner that has {why}")
-        store.served.note(f"the learner goes back to the checkpoint of version {back}: it has {why}")
+        store.served.note(f"the learner goes back to the checkpoint of version {back}: it has {why}", time=self._time)
         newest = store.versions.latest()
         self._follow()
         self._trial.last = None if newest is None else newest.number  # of the learner as it was
@@ -250,7 +254,7 @@ class Gate:
         store = self._require()
         assert version is not None
         if store.served.pinned() != version:  # decided before a crash, and now once more
-            store.served.pin(version, why=why)
+            store.served.pin(version, why=why, time=self._time)
 
     def _promote(self) -> None:
         models, versions = self._models, self._versions
@@ -308,7 +312,7 @@ class Gate:
             return
         served = store.served.pinned()
         if served is None:
-            store.served.pin(newest.number, why="the first version, with nothing to compare it to")
+            store.served.pin(newest.number, why="the first version, with nothing to compare it to", time=self._time)
             served = newest.number
         if served != self._versions["champion"]:  # at first, after a rollback, or when somebody has decided otherwise
             self._follow()
@@ -316,7 +320,7 @@ class Gate:
         if self._models["challenger"] is None and newest.number not in (served, self._trial.last):
             self._models["challenger"], self._versions["challenger"] = self._read(newest.number), newest.number
             self._trial.last = newest.number
-            store.served.challenge(newest.number)
+            store.served.challenge(newest.number, time=self._time)
 
     def _read(self, version: int) -> Model:
         self._require()
@@ -341,6 +345,7 @@ class Gate:
             "line": [list(one) for one in self._line],
             "past": list(self._past),
             "labels": self._labels,
+            "time": self._time,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -349,7 +354,7 @@ class Gate:
         self._watch.load_state_dict(state["watch"])
         self._learning.load_state_dict(state["learning"])
         self._recent.load_state_dict(state["recent"])
-        self._labels = int(state["labels"])
+        self._labels, self._time = int(state["labels"]), state["time"]
         self._past = [*map(int, state["past"])]
         self._line = [(int(version), int(label)) for version, label in state["line"]]
         self._versions = {name: state["versions"][name] for name in _SCORES}
