@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
+import streamrec as sr
 from streamrec.evaluators import formulas
 from streamrec.evaluators._accumulate import BINS, bin_of, natural_log
 
@@ -79,3 +80,33 @@ def test_bins_are_narrow_in_logit() -> None:
     places = np.array([bin_of(np.float32(1 / (1 + math.exp(-logit)))) for logit in logits])
     widths = np.bincount(places, minlength=BINS)[places.min() : places.max() + 1] * (logits[1] - logits[0])
     assert widths.max() < 0.004 + 2 * (logits[1] - logits[0])
+
+
+@pytest.mark.parametrize("name", ["AUC", "CTR", "Calibration"])
+def test_intervals_hold_what_they_are_of_as_often_as_they_say(name: str) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1.0, 1.0, (2000, 1000))
+    rates = 1 / (1 + np.exp(-logits))
+    labels = (rng.random(logits.shape) < rates).astype(np.float32)
+    whole = getattr(sr, name)()
+    whole.update(labels.ravel(), np.float32(rates).ravel())  # a sample of two million: the value itself
+    truth, held = whole.compute(), 0
+    for row in range(400):
+        metric = getattr(sr, name)()
+        metric.update(labels[row], np.float32(rates[row]))
+        low, high = metric.interval(0.9)
+        held += low <= truth <= high
+    # 90 % of 400, five deviations of a binomial below; calibration's may be wider, as its docstring says
+    assert 330 <= held <= (390 if name != "Calibration" else 400)
+
+
+def test_intervals_of_too_little_are_undefined() -> None:
+    one = np.ones(1, dtype=np.float32)
+    for name in ("AUC", "Calibration", "ConversionRate", "CTR"):
+        assert np.isnan(getattr(sr, name)().interval()).all()
+    auc = sr.AUC()
+    auc.update(one, one / 2)
+    assert np.isnan(auc.interval()).all()
+    report = sr.Report({"CTR": 0.5}, {}, intervals={"CTR": (0.25, 0.75)})
+    assert "(0.2500 to 0.7500)" in str(report) and "0.5000 (0.2500 to 0.7500)" in report.to_html()
+    assert '"intervals": {"CTR": [0.25, 0.75]}' in report.to_json()

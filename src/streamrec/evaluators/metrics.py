@@ -114,6 +114,10 @@ class AUC(_OneKind):
         """The AUC in [0, 1]; nan until both clicks and non-clicks have been seen."""
         return formulas.auc_from_histograms(self._sums[:, 0], self._sums[:, 1])
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.auc_interval`."""
+        return formulas.auc_interval(self._sums[:, 0], self._sums[:, 1], confidence)
+
     def error_bound(self) -> float:
         """How far `compute()` can be from the AUC of the unbinned scores: never further than this.
 
@@ -176,6 +180,11 @@ class Calibration(_OneKind):
         predicted, positives, _ = self._sums.tolist()
         return formulas.calibration(predicted, positives)
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.calibration_interval`."""
+        predicted, positives, total = self._sums.tolist()
+        return formulas.calibration_interval(predicted, positives, total, confidence)
+
 
 class CTR(_OneKind):
     """Click-through rate: the weighted mean of the labels of the entries the other metrics judge.
@@ -192,6 +201,11 @@ class CTR(_OneKind):
         """The rate in [0, 1]; nan while nothing has been seen."""
         _, positives, total = self._sums.tolist()
         return formulas.rate(positives, total)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.rate_interval`."""
+        _, positives, total = self._sums.tolist()
+        return formulas.rate_interval(positives, total, confidence)
 
 
 class ConversionRate(_Sums):
@@ -236,3 +250,7 @@ class ConversionRate(_Sums):
     def compute(self) -> float:
         """The rate, from 0; nan while there is no positive of the kind `per`."""
         return formulas.rate(float(self._sums[1, 1]), float(self._sums[0, 1]))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.rate_interval`; nan where there are more conversions than clicks."""
+        return formulas.rate_interval(float(self._sums[1, 1]), float(self._sums[0, 1]), confidence)

@@ -27,6 +27,7 @@ def page_of(
     windows: Sequence[Window],
     decisions: Sequence[Any],
     pace: str,
+    intervals: Mapping[str, tuple[float, float]] = {},
 ) -> str:
     """The page. `decisions`: of `store.served.history()`, with `version`, `why` and `at`."""
     whole = {name: value for name, value in metrics.items() if "=" not in name}
@@ -34,7 +35,7 @@ def page_of(
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="muted">{escape(pace)}</p>' if pace else "",
-        _table("Metrics", {name: _told(value) for name, value in whole.items()}),
+        _table("Metrics", {name: _told(value) + _between(intervals.get(name)) for name, value in whole.items()}),
         *(_picture(name, windows, decisions) for name in whole),
         _table("Slices", {name: _told(value) for name, value in sliced.items()}),
         _table("What became of the events", {name: f"{count:,}" for name, count in counts.items() if count}),
@@ -49,6 +50,10 @@ def page_of(
 
 def _told(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{value:,.4f}"
+
+
+def _between(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f" ({_told(ends[0])} to {_told(ends[1])})"
 
 
 def _table(heading: str, rows: Mapping[str, str]) -> str:

@@ -158,6 +158,16 @@ class ProgressiveValidation:
         """Each metric's value since the start, by name; nan where undefined."""
         return values_of(self._whole)
 
+    def intervals(self, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Of the metrics since the start that have one, where the value is that the stream is a sample of, by name."""
+        found: dict[str, tuple[float, float]] = {}
+        for metric in self._whole:
+            if hasattr(metric, "interval"):
+                low, high = metric.interval(confidence)
+                if not math.isnan(low):
+                    found[metric.name] = low, high
+        return found
+
     def windows(self) -> list[Window]:
         """The windows kept, oldest first, the open one last."""
         return [*self._closed] if self._open == -math.inf else [*self._closed, self._summary()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -23,6 +23,7 @@ class Report:
 
     `metrics`: values by name. `counts`: events in, learned, pending, dropped by reason. `windows`: the metrics
     over event time. `seconds`: wall clock of the run, 0 if not measured. `interrupted`: whether it was stopped early.
+    `intervals`: where the values are that the stream is a sample of, with 95 % confidence, for metrics that have one.
 
     >>> print(Report({"AUC": 0.76186, "CTR": 0.0412}, {"events": 100000, "learned": 99876, "late": 124}, seconds=2.5))
     AUC       0.7619
@@ -40,6 +41,7 @@ class Report:
     windows: Sequence[Window] = ()
     seconds: float = 0.0
     interrupted: bool = False
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         metrics = {name: _measure(value) for name, value in self.metrics.items()}
@@ -47,21 +49,36 @@ class Report:
         left = max(map(len, [*metrics, *counts]), default=0)
         right = max(map(len, [*metrics.values(), *counts.values()]), default=0)
         tables = (
-            "\n".join(f"{name:<{left}}  {value:>{right}}" for name, value in t.items()) for t in (metrics, counts)
+            "\n".join(f"{name:<{left}}  {value:>{right}}{self._interval(name)}" for name, value in t.items())
+            for t in (metrics, counts)
         )
         return "\n\n".join(part for part in (*tables, ", ".join(self._pace())) if part)
+
+    def _interval(self, name: str) -> str:
+        if name not in self.intervals:
+            return ""
+        low, high = self.intervals[name]
+        return f"  ({_measure(low)} to {_measure(high)})"
 
     def to_json(self) -> str:
         """All of it as JSON; a metric that is undefined is null.
 
-        >>> Report({"AUC": math.nan}, {"events": 0}).to_json()
-        '{"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "seconds": 0.0, "interrupted": false}'
+        >>> Report({"AUC": math.nan}, {"events": 0}).to_json()  # doctest: +ELLIPSIS
+        '{"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "intervals": {}, ...'
         """
         windows = [
             {"start": one.start, "end": one.end, "count": one.count, "metrics": _plain(one.metrics)}
             for one in self.windows
         ]
-        whole = {"metrics": _plain(self.metrics), "counts": dict(self.counts), "windows": windows}
+        intervals = {
+            name: [end if math.isfinite(end) else None for end in ends] for name, ends in self.intervals.items()
+        }
+        whole = {
+            "metrics": _plain(self.metrics),
+            "counts": dict(self.counts),
+            "windows": windows,
+            "intervals": intervals,
+        }
         return json.dumps({**whole, "seconds": self.seconds, "interrupted": self.interrupted}, allow_nan=False)
 
     def to_html(self, *, title: str = "Progressive validation", decisions: Sequence[Any] = ()) -> str:
@@ -73,7 +90,7 @@ class Report:
         True
         """
         pace = ", ".join(self._pace())
-        return page_of(title, self.metrics, self.counts, self.windows, decisions, pace)
+        return page_of(title, self.metrics, self.counts, self.windows, decisions, pace, self.intervals)
 
     def plot(self, path: str | PathLike[str], **options: Any) -> None:
         """Draw the windows into the file `path`; `options` are those of `streamrec.evaluators.plot.plot_windows`.

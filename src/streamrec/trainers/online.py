@@ -504,7 +504,12 @@ class OnlineTrainer:
             if part is not None:
                 counts.update(part.counts)
         return Report(
-            self.validation.compute(), dict(counts), self.validation.windows(), self._seconds, interrupted=interrupted
+            self.validation.compute(),
+            dict(counts),
+            self.validation.windows(),
+            self._seconds,
+            interrupted=interrupted,
+            intervals=self.validation.intervals(),
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------
