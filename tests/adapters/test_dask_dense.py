@@ -167,10 +167,12 @@ def test_what_a_rank_raises_is_raised_here(client: Any, rows: sr.EncodedRows, tm
 def test_a_rank_that_hangs_is_a_clear_error(
     client: Any, rows: sr.EncodedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamrec.adapters.dask._dense.GRACE", 1.0)  # nothing but waiting
+    monkeypatch.setattr("streamrec.adapters.dask._ranks.GRACE", 1.0)  # nothing but waiting
     client.wait_for_workers(2, timeout=120)
+    # it hangs on one of the workers, the first or the other: then nobody can open a meeting, or not all come to it
+    clear = r"ranks were lost 2 times, last: a rank is gone, or has not come|nothing was heard of the ranks for 3 s"
     try:
-        with pytest.raises(dask.ClusterError, match=r"ranks were lost 2 times, last: a worker has not answered in 3 s"):
+        with pytest.raises(dask.ClusterError, match=clear):
             fit_dense(client, trainer(tmp_path, Trapped(tmp_path, "hang")), rows, ranks=2, restarts=1, timeout=3.0)
     finally:
         (tmp_path / "end").touch()

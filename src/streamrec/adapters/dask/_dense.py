@@ -5,30 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import socket
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from distributed import Client, wait
 from torch import Tensor
 from torch import distributed as dist
 
-from streamrec.adapters.dask._cluster import (
-    ClusterError,
-    Task,
-    given,
-    require_client,
-    result,
-    submit,
-    threads_of,
-    told,
-)
+from streamrec.adapters.dask._cluster import ClusterError, given, require_client, threads_of
+from streamrec.adapters.dask._ranks import Group, Parted, Ranks, parting, run_ranks
 from streamrec.errors import ConfigError
 from streamrec.evaluators import Report
 from streamrec.models import BertCTR
@@ -40,26 +27,6 @@ __all__ = ["SHARED", "fit_dense"]
 
 SHARED = Dense, BertCTR
 """Models that several processes learn together."""
-GRACE = 10.0
-"""Seconds in which the others may say what went wrong, when one rank has lost them."""
-
-
-class _Meeting(NamedTuple):
-    """Where ranks meet, and how: `backend` is torch's."""
-
-    host: str
-    port: int
-    size: int
-    backend: str
-    timeout: float
-
-
-class _Probed(NamedTuple):
-    """What a worker says of itself."""
-
-    host: str
-    gpus: int
-    port: int
 
 
 class _Ended(NamedTuple):
@@ -67,10 +34,6 @@ class _Ended(NamedTuple):
 
     digest: str
     report: Report
-
-
-class _LostPeers(Exception):
-    """A rank cannot reach the others: one of them has died, or does not answer in time."""
 
 
 def fit_dense(
@@ -111,8 +74,10 @@ def fit_dense(
         at_once = getattr(trainer.model, "accumulate", 1)  # a BertCTR has micro-batches of its own
         parts = parts or len(living) * at_once  # the same for the rest, however many are left
         try:
-            ended = _together(client, living, (sent, rows, parts), timeout)
-        except _LostPeers as error:
+            ranked = Ranks({address: [number] for number, address in enumerate(living)})
+            # each sum has its timeout; nobody says how long a step or a pass over the validation part takes
+            ended = run_ranks(client, _rank, (sent, rows, parts), ranked, timeout=timeout, silence=math.inf)
+        except Parted as error:
             lost = str(error)
             continue
         digests = {one.digest for one in ended}
@@ -138,141 +103,90 @@ def _check(trainer: BatchTrainer, rows: EncodedRows, ranks: int | None, restarts
     trainer.model.schema.require(rows.schema, what="the rows")
 
 
-def _together(client: Client, workers: Sequence[str], work: tuple[Any, ...], timeout: float) -> list[_Ended]:
-    """Run one rank on each of these workers. Raises `_LostPeers` where they did not come to the end together."""
-    asked = [Task("meet", _probe, (one,), [one], pinned=True) for one in workers]
-    # every worker answers, so that no rank waits behind what else its worker does, such as a rank that was stopped
-    probed: list[_Probed] = _gathered(client, asked, workers, timeout)
-    devices = _devices(probed)
-    meeting = _Meeting(probed[0].host, probed[0].port, len(workers), "nccl" if devices else "gloo", timeout)
-    tasks = [
-        Task("fit", _rank, (*work, meeting, rank, devices[rank] if devices else "cpu"), [one], pinned=True)
-        for rank, one in enumerate(workers)
-    ]
-    return _gathered(client, tasks, workers, math.inf)  # each sum has its timeout
-
-
-def _gathered(client: Client, tasks: Sequence[Task], workers: Sequence[str], seconds: float) -> list[Any]:
-    """The results of tasks that are pinned to these workers, one each. Raises `_LostPeers` where one is gone.
-
-    An error of a rank's own goes before that of the others, which have lost it.
-    """
-    futures = [submit(client, task) for task in tasks]
-    deadline, lost = time.monotonic() + seconds, ""
-    try:
-        while True:
-            with told(client), suppress(TimeoutError):
-                wait(futures, timeout=0.5)  # type: ignore[no-untyped-call]
-            there = threads_of(client)
-            for future in futures:
-                if future.status in ("error", "cancelled", "lost"):
-                    try:
-                        result(client, future, timeout=GRACE)
-                    except _LostPeers as error:
-                        deadline, lost = min(deadline, time.monotonic() + GRACE), lost or str(error)
-            if all(future.status == "finished" for future in futures):
-                return [result(client, future, timeout=GRACE) for future in futures]
-            gone = [one for one in workers if one not in there]
-            if gone:
-                raise _LostPeers(f"the worker {gone[0]} is gone")
-            if time.monotonic() > deadline or all(future.status == "error" for future in futures):
-                raise _LostPeers(lost or f"a worker has not answered in {seconds:.0f} s")
-    finally:
-        with suppress(Exception):  # the first error is the one to raise
-            client.cancel(futures, force=True)  # type: ignore[no-untyped-call]
-
-
-def _probe(address: str) -> _Probed:
-    """What the worker at this address can say, and a port that is free there."""
-    host = urlsplit(address).hostname or "127.0.0.1"
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        free.bind((host, 0))
-        return _Probed(host, torch.cuda.device_count(), free.getsockname()[1])
-
-
-def _devices(probed: Sequence[_Probed]) -> list[str]:
-    """A GPU for each rank, if every one can have its own; else none for any."""
-    found, used = [], dict[str, int]()
-    for one in probed:
-        place = used.get(one.host, 0)
-        if place >= one.gpus:
-            return []
-        used[one.host] = place + 1
-        found.append(f"cuda:{place}")
-    return found
-
-
 # -- on the workers ----------------------------------------------------------------------------------------------------
 
 
-def _rank(trainer: BatchTrainer, rows: EncodedRows, parts: int, meeting: _Meeting, rank: int, device: str) -> _Ended:
+def _rank(group: Group, trainer: BatchTrainer, rows: EncodedRows, parts: int) -> _Ended:
     """Run the trainer together with the other ranks."""
     trainer = copy.deepcopy(trainer)  # what was sent is kept, for the next try
     model = trainer.model
     assert isinstance(model, SHARED) and trainer.store is not None
+    found = group.gather({"host": group.host, "gpus": torch.cuda.device_count()})
+    devices = _devices([(one["host"], one["gpus"]) for one in found])
+    device = devices[group.number] if devices else "cpu"
     model.to(device)
-    peers = _Ranks(meeting, rank, device)
+    peers = _Peers(group, device)
     try:
         model.share(peers, parts)
         trainer.store = _SharedStore(trainer.store, peers)
-        if rank:
+        if group.number:
             trainer.checkpoint_seconds = math.inf
         report = trainer.run(rows, progress=False)
-        peers.add(torch.zeros(1))  # none goes before all have come so far: the first holds the meeting
+        peers.add(torch.zeros(1))  # none goes before all have come so far
         return _Ended(_digest(model.state_dict()), report)
     finally:
         model.share(None)
         peers.close()
 
 
-class _Ranks:
-    """The other ranks, by a process group of torch's that is not made the process's own: it leaves nothing behind."""
+def _devices(ranks: Sequence[tuple[str, int]]) -> list[str]:
+    """A GPU for each rank, of which host and GPUs there are known, if every one can have its own; else none for any."""
+    found, used = [], dict[str, int]()
+    for host, gpus in ranks:
+        place = used.get(host, 0)
+        if place >= gpus:
+            return []
+        used[host] = place + 1
+        found.append(f"cuda:{place}")
+    return found
 
-    def __init__(self, meeting: _Meeting, rank: int, device: str) -> None:
-        self.rank, self.size = rank, meeting.size
+
+class _Peers:
+    """The other ranks, as a model that is shared knows them: over gloo, or NCCL where each has a GPU of its own."""
+
+    def __init__(self, group: Group, device: str) -> None:
+        self.rank, self.size = group.number, group.size
         self._device = torch.device(device)
-        timeout = timedelta(seconds=meeting.timeout)
-        try:
-            self.store = dist.TCPStore(  # type: ignore[attr-defined]
-                meeting.host, meeting.port, meeting.size, rank == 0, timeout
-            )
-            self._group: Any
-            if meeting.backend == "nccl":
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timeout
-                self._group = dist.ProcessGroupNCCL(self.store, rank, meeting.size, options)
-            else:
-                self._group = dist.ProcessGroupGloo(self.store, rank, meeting.size, timeout)
-        except RuntimeError as error:  # torch's own are these
-            raise _LostPeers(f"rank {rank} did not meet the others: {error}") from error
+        self._group, self._sums = group, group.sums
+        if self._device.type == "cuda" and group.size > 1:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timedelta(seconds=group.timeout)
+            with parting():
+                self._sums = dist.ProcessGroupNCCL(
+                    dist.PrefixStore("nccl", group.store),  # type: ignore[attr-defined]
+                    group.number,
+                    group.size,
+                    options,
+                )
 
     def add(self, tensor: Tensor) -> None:
         """See `streamrec.trainers.Peers`."""
+        self._group.check()
+        if self._sums is None:
+            return
         here = tensor.to(self._device)
-        try:
-            self._group.allreduce([here]).wait()
-        except RuntimeError as error:
-            raise _LostPeers(f"rank {self.rank} has lost the others: {error}") from error
+        with parting():
+            self._sums.allreduce([here]).wait()
         if here is not tensor:
             tensor.copy_(here)
 
     def close(self) -> None:
         """Let go, so that the others hear of it at once."""
-        self._group = None
-        self.store = None  # type: ignore[assignment]
+        self._sums = None
+        self._group.close()
 
 
 class _SharedStore(Store):
     """A store of which all ranks read the same, and the first alone writes."""
 
-    def __init__(self, store: Store, peers: _Ranks) -> None:
+    def __init__(self, store: Store, peers: _Peers) -> None:
         self.uri, self.keep = store.uri, store.keep
         self.checkpoints = _SharedShelf(store.checkpoints, peers)
         self.versions = _SharedShelf(store.versions, peers)
 
 
 class _SharedShelf(Shelf):
-    def __init__(self, shelf: Shelf, peers: _Ranks) -> None:
+    def __init__(self, shelf: Shelf, peers: _Peers) -> None:
         self._shelf, self._peers = shelf, peers
 
     def read(self, number: int | None = None) -> tuple[Version, dict[str, Any]] | None:

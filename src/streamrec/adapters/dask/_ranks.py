@@ -20,7 +20,10 @@ from torch import distributed as dist
 from streamrec.adapters.dask._cluster import ClusterError, Task, ended, result, submit, threads_of, told
 from streamrec.storage._pack import pack, unpack
 
-__all__ = ["Group", "Parted", "Ranks", "run_ranks"]
+__all__ = ["Group", "Parted", "Ranks", "parting", "run_ranks"]
+
+GRACE = 5.0
+"""Seconds in which the others may say what went wrong, when one rank has lost them."""
 
 _torch: Any = dist  # what is used of it has no types
 
@@ -65,22 +68,32 @@ class Group:
         self.size = size
         self.say = say
         """Tells the client something, a sign of life."""
+        self.host = host
+        self.timeout = math.inf if meeting is None else meeting.timeout
+        self.store: Any = None
+        """Where these ranks, and no others, can tell each other of a group of another kind."""
         self._meeting = meeting
         self._group: Any = None
         self._memory: dict[int, torch.Tensor] = {}
         if meeting is None or size == 1:
             return
         patience = datetime.timedelta(seconds=meeting.timeout)
-        with _parted():
+        with parting():
             store = _torch.TCPStore(meeting.host, meeting.port, is_master=False, timeout=patience)
             options = _torch.ProcessGroupGloo._Options()
             options._devices = [_torch.ProcessGroupGloo.create_device(hostname=host)]  # the address that workers use
             options._timeout = patience
-            self._group = _torch.ProcessGroupGloo(_torch.PrefixStore(meeting.token, store), number, size, options)
+            self.store = _torch.PrefixStore(meeting.token, store)
+            self._group = _torch.ProcessGroupGloo(self.store, number, size, options)
+
+    @property
+    def sums(self) -> Any:
+        """torch's own group, over gloo; None where there is one rank alone."""
+        return self._group
 
     def close(self) -> None:
         """Close the connections: where others still wait for this rank, they part."""
-        self._group = None
+        self._group = self.store = None
 
     def check(self) -> None:
         """Raise `Parted` where the client has given the job up."""
@@ -96,7 +109,7 @@ class Group:
         if self._group is None:
             return [message]
         chunks = [_as_tensor(chunk) for chunk in pack(message) if len(chunk)]
-        with _parted():
+        with parting():
             counts = self._swap([torch.tensor([len(chunks)])], lambda rank: [torch.zeros(1, dtype=torch.int64)])
             lengths = self._swap(
                 [torch.tensor([len(chunk) for chunk in chunks])],
@@ -134,7 +147,7 @@ def _as_tensor(chunk: memoryview) -> torch.Tensor:
     return torch.frombuffer(bytearray(chunk) if chunk.readonly else chunk, dtype=torch.uint8)
 
 
-class _parted:
+class parting:
     """What gloo raises where a rank is gone, or has not come in time, becomes a `Parted`."""
 
     def __enter__(self) -> None:
@@ -207,12 +220,14 @@ def run_ranks(
     ranks: Ranks,
     *,
     timeout: float,
+    silence: float | None = None,
     heard: Callable[[Any], None] = lambda what: None,
 ) -> list[Any]:
     """Call `work(group, *arguments)` for every rank, and return what each returned, in the order of their numbers.
 
     `arguments`: futures among them are had from the workers that hold them. `timeout`: seconds in which ranks must meet
-    and hear of each other, and in which the client must hear of one. `heard`: is given what they `say`.
+    and hear of each other, and in which the client must hear of one; once they have been asked for, it must so in
+    `silence` seconds, by default as many. `heard`: is given what they `say`.
 
     Raises what a rank raised; `Parted` where a rank or its worker is lost, after which the others stop by themselves;
     `ClusterError` where nothing was heard for too long, or the scheduler is lost.
@@ -242,7 +257,7 @@ def run_ranks(
         found: dict[int, Any] = {}
         waiting = dict(futures)
         while waiting:
-            done = _wait(client, [*waiting], ranks, timeout, life)
+            done = _wait(client, [*waiting], ranks, timeout if silence is None else silence, life)
             for future in done:
                 try:
                     found.update(zip(waiting.pop(future), result(client, future, timeout=timeout), strict=True))
@@ -262,27 +277,34 @@ def run_ranks(
 
 def _raise_cause(client: Client, others: Sequence[Any], ranks: Ranks, parted: Parted) -> None:
     """Raise what made the ranks part: what another of them raised, if that comes soon, or else the parting."""
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + GRACE
     while others and time.monotonic() < deadline:
-        for future in _wait(client, others, ranks, 5.0, [deadline]):
+        for future in _ended(client, others, ranks):
             others = [one for one in others if one is not future]
             with suppress(Parted):
-                result(client, future, timeout=5.0)
+                result(client, future, timeout=GRACE)
     raise parted
 
 
 def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, life: list[float]) -> Sequence[Any]:
     """Those that have ended, one at least, while all workers are there and something is heard of them."""
     while True:
-        done = ended(client, futures, timeout=math.inf, at_most=1.0)
+        done = _ended(client, futures, ranks)
         if done:
             return done
-        there = threads_of(client)
-        missing = [address for address in ranks.of if address not in there]
-        if missing:
-            raise Parted(f"the workers {', '.join(missing)} are gone")
         if time.monotonic() > life[0] + timeout:
             raise ClusterError(
                 f"nothing was heard of the ranks for {timeout:.0f} s: their workers are busy with other tasks, cannot "
                 "reach each other, or a window takes longer; see the dashboard, or raise timeout"
             )
+
+
+def _ended(client: Client, futures: Sequence[Any], ranks: Ranks) -> Sequence[Any]:
+    """Those that have ended, or do within a second. Raises `Parted` where a worker is gone."""
+    done = ended(client, futures, timeout=math.inf, at_most=1.0)
+    if not done:
+        there = threads_of(client)
+        missing = [address for address in ranks.of if address not in there]
+        if missing:
+            raise Parted(f"the workers {', '.join(missing)} are gone")
+    return done

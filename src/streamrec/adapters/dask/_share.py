@@ -15,8 +15,8 @@ __all__ = ["Cuts", "Share"]
 FEWEST_ROUNDS = 2
 """In an epoch. More do no better, and each costs what a merge does."""
 FIRST_STEP = 500
-"""Rows that each copy of a new model learns before the first merge; then as many again as it has learned by then, and
-so on: what a model learns first moves it most."""
+"""Rows that each copy of a new model learns before the first merge; then, of two, as many again as it has learned by
+then, and so on, and fewer of more: what a model learns first moves it most, and the more the more copies there are."""
 
 
 class Cuts(NamedTuple):
@@ -61,7 +61,7 @@ class Cuts(NamedTuple):
             return [0, length]
         cuts, learned = [0], self.begin(number) // self.copies
         while cuts[-1] < length:
-            step = min(self.apart, max(FIRST_STEP, learned + cuts[-1]))
+            step = min(self.apart, max(FIRST_STEP, (learned + cuts[-1]) * 2 // self.copies))
             # what is left over goes to the last
             cuts.append(cuts[-1] + step if length - cuts[-1] - step >= step // 2 else length)
         return cuts
