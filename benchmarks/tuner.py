@@ -58,7 +58,7 @@ def told(stream: Stream, scores: NDArray[np.float32]) -> tuple[float, float]:
     return auc(stream.labels, scores), auc(stream.labels[late:], scores[late:])
 
 
-def quality(stream: Stream) -> None:
+def quality(stream: Stream, searches: int) -> None:
     print(f"\n{stream.name}: {len(stream.labels):,} rows{'':24}  AUC   last quarter", flush=True)
     fixed = {}
     for factor, linear in product(GRID, GRID):
@@ -72,7 +72,7 @@ def quality(stream: Stream) -> None:
         start = model_of(stream.schema, factor * best[0], factor * best[1])
         alone = told(stream, progressive(model_of(stream.schema, factor * best[0], factor * best[1]), stream))
         print(f"  {'fixed, ' + name:36} {alone[0]:.4f}  {alone[1]:.4f}", flush=True)
-        for seed in range(3):
+        for seed in range(searches):
             start = model_of(stream.schema, factor * best[0], factor * best[1])
             tuner = sr.Tuner(start, SPACE, learners=8, seed=seed)
             found = told(stream, tuned(tuner, stream))
@@ -145,8 +145,8 @@ def main() -> None:
 
         cost(streams(), given.repetitions)
     if given.part != "cost":
-        quality(lens)
-        quality(zipf(given.rows))
+        quality(lens, 8)
+        quality(zipf(given.rows), 3)
 
 
 if __name__ == "__main__":

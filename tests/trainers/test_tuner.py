@@ -14,6 +14,7 @@ from streamrec.models import Choice, Real, Whole
 from streamrec.models.space import with_settings
 from streamrec.models.variants import variant
 from streamrec.preprocessors import encode
+from streamrec.protocols import LEARN
 from streamrec.storage import Store
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 from streamrec.trainers import Gate, Tuner
@@ -196,6 +197,52 @@ def test_a_variant_of_the_same_settings_is_the_model() -> None:
     made.learn(batch, labels)
     model.learn(batch, labels)
     assert first_difference(dict(model.state_dict()), dict(made.state_dict())) is None
+
+
+def test_a_variant_goes_on_where_ids_are_admitted_expire_and_move_into_a_larger_table() -> None:
+    schema = sr.Schema(sr.Id("user", admit=2, ttl=0.5), sr.Id("item", ttl=1e6))
+    rng = np.random.default_rng(0)
+    stream = [sr.Impression(f"i{n}", n / 100, f"u{rng.integers(500)}", f"p{n}") for n in range(27_000)]
+    batch = encode(schema, stream).batch
+    labels = rng.integers(2, size=len(stream)).astype(np.float32)
+    model = sr.FM(schema, dim=4)
+
+    def learn(model: sr.FM, begin: int, end: int) -> None:
+        rows = np.arange(begin, end)
+        ones = np.ones(len(rows), dtype=np.float32)
+        model.step(batch, rows, np.full(len(rows), LEARN, dtype=np.int8), labels[rows], ones)
+
+    done = 26_000
+    learn(model, 0, done)
+    while not len(model.ids.old):
+        learn(model, done, done + 20)
+        done += 20
+    made = variant(model, with_settings(model, {}))
+    for one in (model, made):
+        learn(one, 0, 5_000)
+    assert first_difference(dict(model.state_dict()), dict(made.state_dict())) is None
+
+
+def test_newcomers_begin_untrained_where_the_best_is_worse_than_the_average_rate() -> None:
+    stream = labeled(1_600)
+    flipped = [sr.Labeled(one.impression, 1.0 - one.label) for one in stream]
+    sizes = {}
+    for name, learned in (("spoilt", flipped), ("sound", stream)):
+        model = sr.FM(SCHEMA, dim=4)
+        sr.OnlineTrainer(model=model).push(learned * 4)
+        tuner = Tuner(model, {"linear_optimizer.lr": Real(1e-5, 1.0, log=True)}, learners=2, every=200)
+        trainer = sr.OnlineTrainer(model=tuner)
+        trainer.push(stream[:256])
+        assert tuner.rungs == 1
+        sizes[name] = sorted(len(one["model"]["ids"]) for one in tuner.state_dict()["learners"])
+    assert sizes == {"spoilt": [0, 32], "sound": [32, 32]}
+
+
+def test_rungs_lengthen_with_the_table_so_that_copies_stay_a_small_part() -> None:
+    tuner = Tuner(sr.FM(SCHEMA, dim=4), RATES, learners=2, every=100)
+    shown = [sr.Impression(f"i{n}", float(n), f"u{n}", f"p{n}") for n in range(4_000)]
+    tuner.learn(encode(SCHEMA, shown).batch, np.zeros(4_000, dtype=np.float32))
+    assert tuner.rung_length == 8_000 // 32
 
 
 def test_neighbours() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -419,6 +420,25 @@ class FM(nn.Module):
         if self._expires:
             self._expiry.array[rows] = math.inf
 
+    def _copy_from(self, other: FM) -> None:
+        """Become what `other` is, in memory of its own, but for the settings; its rows must be of the same numbers."""
+        other._gather()
+        self.ids.copy_from(other.ids)
+        used = self.ids.used
+        self._new_rows(self.ids.capacity)
+        self._table.array[:used] = other._table.array[:used]
+        self._touched.array[:used] = CHECKPOINT | PUBLISHED
+        self._expiry.array[:used] = other._expiry.array[:used]
+        for mine, its in ((self._clock, other._clock), (self._sketch, other._sketch)):
+            mine[:] = its
+        with torch.no_grad():
+            self.bias.copy_(other.bias)
+            self.statistics.copy_(other.statistics)
+            self.optimizer_bias.copy_(other.optimizer_bias)
+        self._precision = other._precision
+        self.left_out = other.left_out
+        self._pointers = None
+
     def _begin_optimizers(self, rows: Tensor) -> None:
         """The optimizers' memory of these rows as if every weight had begun where it stands."""
         memory = self.optimizer_rows.new_zeros(len(rows), self._state_width)
@@ -706,6 +726,7 @@ def _how(number: Number) -> int:
     return QUANTILE if number.quantile else STANDARDIZE if number.standardize else 0
 
 
+@lru_cache(4096)
 def _id_of_new(name: str, seed: int) -> int:
     """The id of the row that new values of a field share until they are admitted."""
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little"))

@@ -165,6 +165,15 @@ class IdTable:
             raise StoreError("a saved id table holds an id twice: it was not written by streamrec, or was changed")
         self.__dict__ = fresh.__dict__
 
+    def copy_from(self, other: IdTable) -> None:
+        """Become what `other` is, in memory of its own: faster than to load its state, which hashes every id anew."""
+        self._clear(other.capacity)
+        self.owners[: other.used] = other.ids
+        self.header[:] = other.header
+        self.slots = Rows((2,), np.int64, len(other.slots)).array
+        self.slots[:] = other.slots
+        self.old = other.old.copy()
+
     def change(self, rows: Ids, ids: Ids, used: int, free: Ids) -> None:
         """Become a table that differs from this one: `rows` belong to `ids`, `used` rows are used, `free` are free.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from streamrec._compile import compiled
 from streamrec.errors import ConfigError
 from streamrec.models import _kernels
 from streamrec.models.fm import FM
@@ -32,6 +34,23 @@ def variant(model: FM, settings: dict[str, Any]) -> FM:
     if type(model) is not FM:
         raise ConfigError(f"only an FM can go on with other settings, got a {type(model).__name__}")
     made = FM(model.schema, **settings)
+    made.train(model.training)
+    alike = made.optimizer.kind == model.optimizer.kind, type(made.linear_optimizer) is type(model.linear_optimizer)
+    if made.dim == model.dim and all(alike):
+        made._copy_from(model)
+    else:
+        _load(made, model, *alike)
+    for of_factors, one, other in (
+        (True, made.optimizer, model.optimizer),
+        (False, made.linear_optimizer, model.linear_optimizer),
+    ):
+        if isinstance(one, FTRL) and type(one) is type(other) and one != other:
+            _set_z(made, one, of_factors)
+    return made
+
+
+def _load(made: FM, model: FM, same_optimizer: bool, same_linear: bool) -> None:
+    """What `model` has learned, into rows of other numbers."""
     state: dict[str, Any] = dict(model.state_dict())
     memory, of_bias = state.pop("optimizer_rows"), state.pop("optimizer_bias")
     shared = min(model.dim, made.dim)
@@ -41,32 +60,39 @@ def variant(model: FM, settings: dict[str, Any]) -> FM:
         factors[:, :shared] = weights[:, :shared]
         state["weights"] = torch.cat([factors, weights[:, model.dim :]], dim=1)
     made.load_state_dict(state)
-    made.train(model.training)
     before, after = (one.optimizer.slots * one.dim for one in (model, made))
-    mine, bias = made.optimizer_rows[: len(memory)], made.optimizer_bias
-    with torch.no_grad():
-        if made.optimizer.kind == model.optimizer.kind:
-            for slot in range(made.optimizer.slots):
-                mine[:, slot * made.dim :][:, :shared] = memory[:, slot * model.dim :][:, :shared]
-            rows = made.optimizer.row_slots
-            mine[:, after : after + rows] = memory[:, before : before + rows]
-            if isinstance(made.optimizer, FTRL):
-                factors = made.weights.detach()[: len(memory), :shared]
-                sums = mine[:, made.dim :][:, :shared]
-                mine[:, :shared] = _z(made.optimizer, factors, sums, mine[:, :shared])
-        one, other = made.linear_optimizer, model.linear_optimizer
-        if type(one) is type(other):
-            first = made._state_width - made._linear_slots
-            mine[:, first:] = memory[:, model._state_width - model._linear_slots :]
-            bias.copy_(of_bias)
-            if isinstance(one, FTRL):
-                linear = made.weights.detach()[: len(memory), made.dim]
-                mine[:, first] = _z(one, linear, mine[:, first + 1], mine[:, first])
-                bias[0] = _z(one, made.bias.detach()[0], bias[1], bias[0])
-    return made
+    mine = made.optimizer_rows[: len(memory)]
+    if same_optimizer:
+        for slot in range(made.optimizer.slots):
+            mine[:, slot * made.dim :][:, :shared] = memory[:, slot * model.dim :][:, :shared]
+        rows = made.optimizer.row_slots
+        mine[:, after : after + rows] = memory[:, before : before + rows]
+    if same_linear:
+        mine[:, made._state_width - made._linear_slots :] = memory[:, model._state_width - model._linear_slots :]
+        made.optimizer_bias.copy_(of_bias)
 
 
-def _z(rule: FTRL, weights: Tensor, sums: Tensor, before: Tensor) -> Tensor:
-    """The z under which these weights are what they are. A weight of 0 stays so while |z| <= l1."""
-    z = -weights * ((rule.beta + sums.sqrt()) / rule.lr + rule.l2) - rule.l1 * weights.sign()
-    return torch.where(weights == 0, before.clamp(-rule.l1, rule.l1), z)
+def _set_z(made: FM, rule: FTRL, of_factors: bool) -> None:
+    """Let the weights be what they are under this rule, whose z was another's."""
+    rows, dim = made._table.array[: made.ids.used], made.dim
+    numbers = rule.lr, rule.beta, rule.l1, rule.l2
+    if of_factors:
+        for factor in range(dim):
+            _move_z(rows, factor, dim + 1 + factor, 2 * dim + 1 + factor, *numbers)
+    else:
+        z = dim + 1 + made._state_width - made._linear_slots
+        _move_z(rows, dim, z, z + 1, *numbers)
+        bias = np.array([[made.bias.item(), *made.optimizer_bias.tolist()]], dtype=np.float32)
+        _move_z(bias, 0, 1, 2, *numbers)
+        made.optimizer_bias[0] = float(bias[0, 1])
+
+
+@compiled()
+def _move_z(rows: Any, weight: int, z: int, sum_: int, lr: float, beta: float, l1: float, l2: float) -> None:
+    """Write the z under which these weights are what they are. A weight of 0 stays so while |z| <= l1."""
+    for row in rows:
+        w = row[weight]
+        if w == 0:
+            row[z] = min(max(row[z], -l1), l1)
+        else:
+            row[z] = -w * ((beta + math.sqrt(row[sum_])) / lr + l2) - (l1 if w > 0 else -l1)

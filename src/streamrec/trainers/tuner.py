@@ -15,7 +15,8 @@ from typing_extensions import Self
 
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError
-from streamrec.evaluators import LogLoss
+from streamrec.evaluators import CTR, LogLoss
+from streamrec.evaluators.formulas import normalized_entropy
 from streamrec.models.fm import FM
 from streamrec.models.space import Choice, Params, Real, Space, Whole, best_of, require_names, with_settings
 from streamrec.models.variants import variant
@@ -25,6 +26,7 @@ __all__ = ["Rung", "Tuner"]
 
 LOOK = 256
 """Events between two looks at whether a rung is over: the same ones, however the stream is cut."""
+_ROWS = 32  # of the table for each label of a rung: to copy so many costs less than a tenth of what learning one does
 _LONGEST = 100  # times `every`: a rung is no longer, so that an endless stream is searched without end
 _KEPT = 0.5  # of what a learner lost in earlier rungs, how much counts still
 _STAY = 0.5  # the share of the learners that goes on after a rung
@@ -48,18 +50,19 @@ class Tuner:
     The first is `model`; the others go on from it, too, by settings around its own in `space`: a `Real`, `Whole` or
     `Choice` (of `streamrec.models`) by name, as `"optimizer.lr"`, `"linear_optimizer.l2"`, `"dim"` or `"optimizer"`.
     Each scores and learns every event; decoding, joining and encoding happen once. A *rung* is over when `every` labels
-    have come of impressions that were scored in it; as the stream grows long, a twentieth of all labels so far, up to
-    100 times `every`. Each learner is judged by the log loss of the scores it gave when the impression was shown, all
-    by the same impressions. Then the worse half is stopped, and in its place others begin that have learned what the
-    better half has (see `models.variants`), with settings around those of the best: the first at most `reach` times as
-    large or as small, the next √`reach` times, and so on. The best is served, and published as the FM it is; a gate
-    tries it like any other version.
+    have come of impressions that were scored in it; as the stream grows long, a twentieth of all labels so far, or a
+    32nd of the leader's rows if that is more, up to 100 times `every`. Each learner is judged by the log loss of the
+    scores it gave when the impression was shown, all by the same impressions. Then the worse half is stopped, and in
+    its place others begin that have learned what the best has (see `models.variants`), with settings around its: the
+    first at most `reach` times as large or as small, the next √`reach` times, and so on. Where even the best was worse
+    than always saying the average click rate, they begin untrained: what it has learned is of no use. The best is
+    served, and published as the FM it is; a gate tries it like any other version.
 
     The size of micro-batches is no setting: it changes no bit of any result. `threads`: learners at work at a time.
     A `dim` that is new to this machine is compiled for some seconds when it is first tried: give a `Choice` of few.
 
-    Memory: that of all learners. A checkpoint holds all of them, whole. Each newcomer is a copy of the leader's table,
-    and with many ids that costs more than learning does: docs/tuning.md says how much. Raises `ConfigError`.
+    Memory: that of all learners. A checkpoint holds all of them, whole. Time: that of all learners, and of what comes
+    before the model once; docs/tuning.md says how much. Raises `ConfigError`.
 
     >>> from streamrec import FM, FTRL, Id, Impression, Labeled, OnlineTrainer, Schema, Tuner
     >>> model = FM(Schema(Id("item")), dim=4, linear_optimizer=FTRL(lr=0.002))
@@ -112,6 +115,7 @@ class Tuner:
         self._pool = ThreadPoolExecutor(threads, "streamrec tuner") if threads > 1 else None
         self._labels = 0  # in all rungs that are over
         self._place = 0  # of the leader
+        self._rate = CTR()  # of the labels of this rung
         start = {name: _start(model, name, one) for name, one in space.items()}
         self._learners = [_Learner(dict(start), model)]
         # evenly, each setting by itself (a Latin hypercube): however few they are, some are on the right side
@@ -217,6 +221,7 @@ class Tuner:
         here = notes["rung"] == self.rungs
         if not here.all():
             labels, weights, notes = labels[here], weights[here], notes[here]
+        self._rate.update(labels, labels, weights)
         for place, one in enumerate(self._learners):
             one.loss.update(labels, np.ascontiguousarray(notes["scores"][:, place]), weights)
             one.labels += len(labels)
@@ -224,7 +229,7 @@ class Tuner:
     @property
     def rung_length(self) -> int:
         """By how many labels the learners are judged in this rung."""
-        return min(max(self.every, self._labels // 20), _LONGEST * self.every)
+        return min(max(self.every, self._labels // 20, self.leader.ids.used // _ROWS), _LONGEST * self.every)
 
     def turn(self) -> bool:
         """Begin the next rung where this one is over, and say so. Between two events, every `LOOK` of them."""
@@ -242,13 +247,16 @@ class Tuner:
         staying = best_of(ranked, max(1, round(len(self._learners) * _STAY))) or [self._place]
         self._place = min(staying, key=lambda place: (ranked[place], place))
         leader = self._learners[self._place]
+        spoilt = normalized_entropy(losses[self._place], self._rate.compute(), 1.0) > 1
+        self._rate = CTR()
         reach, stopped = self.reach, 0
         self.rungs += 1
         rng = np.random.default_rng([self.seed, self.rungs])  # by its number: nothing random need be saved
         for place, one in enumerate(self._learners):
             if place not in staying:
                 params = self._near(leader.params, reach, rng.uniform(-1.0, 1.0, len(self.space)))
-                model = variant(leader.model, self._settings(params))
+                settings = self._settings(params)
+                model = FM(self.schema, **settings) if spoilt else variant(leader.model, settings)
                 self._learners[place] = _Learner(params, model, leader.excess)
                 reach, stopped = math.sqrt(reach), stopped + 1
             else:
@@ -314,6 +322,7 @@ class Tuner:
             "leader": self._place,
             "rungs": self.rungs,
             "labels": self._labels,
+            "rate": self._rate.state_dict(),
             "history": [
                 {**rung._asdict(), "best": {name: _packed(self.space[name], rung.best[name]) for name in self.space}}
                 for rung in self.history
@@ -338,6 +347,7 @@ class Tuner:
             learners.append(learner)
         self._learners = learners
         self._place, self.rungs, self._labels = int(state["leader"]), int(state["rungs"]), int(state["labels"])
+        self._rate.load_state_dict(state["rate"])
         told = [Rung(**{**rung, "best": self._unpacked(rung["best"])}) for rung in state["history"]]
         self.history = deque(told, maxlen=_RUNGS)
 
