@@ -37,6 +37,8 @@ from streamrec.protocols import LEARN, SCORE
 
 Floats = NDArray[np.float32]
 COLD, DRAWS, DAY = 5, 100, 86_400.0
+LORA_EVERY = 64
+"""Of so many learned rows the encoder learns one: what a core can teach it beside some thousand events a second."""
 
 
 @dataclass
@@ -237,6 +239,34 @@ def near(stream: Stream, vectors: Floats, name: str) -> list[dict[str, int]]:
     return found
 
 
+def nearest(stream: Stream, vectors: Floats, name: str) -> list[dict[str, int]]:
+    """How near each row's title is to the nearest other title that its user took before, and to the three nearest on
+    average; buckets as in `near`."""
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -1)
+    taken: dict[str, dict[int, None]] = defaultdict(dict)
+    found: list[dict[str, int]] = [{}] * stream.judged
+    titles = stream.titles.tolist()
+    for rows, told in stream.turns:
+        before = taken[stream.shown[rows[0]].user] if len(rows) else {}
+        if before:
+            those = np.fromiter(before, dtype=np.int64)
+            some = cosines[np.ix_(titles[rows.start : rows.stop], those)]
+            best = -np.sort(-some, axis=1)[:, :3]
+            size = _bucket(len(those), 1)
+            for row, one in zip(rows, np.floor(25 * np.stack([best[:, 0], best.mean(axis=1)], axis=1)), strict=True):
+                first, three = (int(bucket) for bucket in one)
+                found[row] = {
+                    f"nearest {name}": first,
+                    f"nearest {name} of": 1000 * first + size,
+                    f"three {name}": three,
+                    f"three {name} of": 1000 * three + size,
+                }
+        for row in (*(row for row in rows if stream.labels[row]), *told):
+            taken[stream.shown[row].user][titles[row]] = None
+    return found
+
+
 # -- judging -----------------------------------------------------------------------------------------------------------
 
 
@@ -361,13 +391,33 @@ def runs(stream: Stream, encoder: Any) -> Iterator[tuple[str, Floats]]:
         ("BertFM, BERT and TF-IDF side by side", both),
     ):
         yield name, progressive(stream, BertFM(worded, texts=Table(table, titles)), batch)
-    del batch
+    learner = sr.TextLearner(sr.TextCache(encoder), every=LORA_EVERY, background=False)
+    yield "BertFM + LoRA", progressive(stream, BertFM(worded, texts=learner), batch)
+    print(f"<!-- LoRA: {learner.counts} -->", flush=True)
+    del batch, learner
     for name in vectors:
         stream = with_features(stream, near(stream, vectors[name], name))
         yield f"FM + similarity by {name}", progressive(stream, sr.FM(schema(*close[name])))
     yield (
         "BertFM + similarity by BERT",
         progressive(stream, BertFM(schema(title, *close["BERT"]), texts=Table(bert, titles))),
+    )
+    stream = with_features(stream, nearest(stream, vectors["BERT"], "BERT"))
+    near_ones = [sr.Id(f"{kind} BERT{of}") for kind in ("nearest", "three") for of in ("", " of")]
+    yield (
+        "FM + similarity and nearest by BERT",
+        progressive(stream, sr.FM(schema(*close["BERT"], *near_ones))),
+    )
+    yield (
+        "BertFM at lr 0.01 + similarity and nearest by BERT",
+        progressive(
+            stream,
+            BertFM(
+                schema(title, *close["BERT"], *near_ones),
+                texts=Table(bert, titles),
+                text_optimizer=sr.Adagrad(lr=0.01, eps=0.1),
+            ),
+        ),
     )
     nearer = (*close["BERT"], *close["centred TF-IDF"])
     yield (

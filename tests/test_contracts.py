@@ -136,6 +136,7 @@ ELSEWHERE = {
     "Scorer": "serving/test_scorer.py::test_scores_are_those_of_the_trainer_s_model",
     "TextCache": "models/test_text_cache.py::test_a_text_has_one_vector_whatever_was_asked_before",
     "TextEncoder": "models/test_text_encoder.py::test_a_text_has_one_vector_whatever_it_comes_with",
+    "TextLearner": "models/test_text_learner.py::test_neither_cuts_nor_a_resume_change_a_bit",
     "Tuner": "trainers/test_tuner.py::test_neither_cuts_nor_a_kill_change_a_bit",
     "Store": "storage/test_store_crash.py::test_",
 }

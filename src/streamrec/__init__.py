@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from streamrec.models import Taste as Taste
     from streamrec.models import TextCache as TextCache
     from streamrec.models import TextEncoder as TextEncoder
+    from streamrec.models import TextLearner as TextLearner
     from streamrec.preprocessors import After as After
     from streamrec.preprocessors import DeadLetters as DeadLetters
     from streamrec.preprocessors import Dedup as Dedup
@@ -105,7 +106,19 @@ _HOME = {
         "Slices",
     ),
     "events": ("DeadLetter", "Feedback", "Impression", "Labeled"),
-    "models": ("FM", "FTRL", "SGD", "Adagrad", "Adam", "BertCTR", "BertFM", "Taste", "TextCache", "TextEncoder"),
+    "models": (
+        "FM",
+        "FTRL",
+        "SGD",
+        "Adagrad",
+        "Adam",
+        "BertCTR",
+        "BertFM",
+        "Taste",
+        "TextCache",
+        "TextEncoder",
+        "TextLearner",
+    ),
     "preprocessors": (
         "After",
         "DeadLetters",

@@ -8,6 +8,7 @@ from streamrec.models.optimizers import FTRL, SGD, Adagrad, Adam
 from streamrec.models.space import Choice, Real, Whole
 from streamrec.models.text_cache import TextCache
 from streamrec.models.text_encoder import TextEncoder
+from streamrec.models.text_learner import TextLearner
 from streamrec.models.tuning import AdamW, Full, LoRA, Pair, Top
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Taste",
     "TextCache",
     "TextEncoder",
+    "TextLearner",
     "Top",
     "Whole",
 ]

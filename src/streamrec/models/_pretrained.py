@@ -97,12 +97,14 @@ def with_lora(module: Any, settings: LoRA, seed: int) -> None:
 
 
 def merged(module: Any) -> Any:
-    """The module without LoRA: its products added to the matrices they stood beside. A copy where there are any."""
+    """The module without LoRA: its products added to the matrices they stood beside. Where there are any it is a copy
+    that shares the weights which no product is added to."""
     import copy
 
     if not any(hasattr(part, "merge") and hasattr(part, "get_base_layer") for part in module.modules()):
         return module
-    module = copy.deepcopy(module)
+    shared = {id(weight): weight for name, weight in module.named_parameters() if ".base_layer." not in name}
+    module = copy.deepcopy(module, {key: one for key, one in shared.items() if not one.requires_grad})
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "merge") and hasattr(child, "get_base_layer"):

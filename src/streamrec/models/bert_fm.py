@@ -18,7 +18,10 @@ from streamrec.errors import ConfigError, SchemaError
 from streamrec.models import _kernels, _text_kernels
 from streamrec.models.fm import CHECKPOINT, FM, PUBLISHED, _arguments
 from streamrec.models.optimizers import Adagrad, Optimizer, optimizer_from_dict
-from streamrec.protocols import LEARN, SCORE, Changed, State
+from streamrec.models.text_cache import TextCache
+from streamrec.models.text_encoder import TextEncoder
+from streamrec.models.text_learner import Example, TextLearner
+from streamrec.protocols import LEARN, SCORE, WEIGH, Changed, State
 from streamrec.schema import Id, Schema, Text
 
 __all__ = ["BertFM", "Taste", "Vectors"]
@@ -67,13 +70,14 @@ class BertFM(FM):
     the text's embedding, P e, and it has a linear weight w·e.
 
     So users, contexts and ids interact with what an item says, and an item never seen before is scored by that.
-    Projections and ids learn from every event, in the loop of the FM; the encoder is frozen. A text that is missing or
-    says nothing contributes nothing. Embeddings are brought to length 1, less the mean of all that was learned from,
-    which is the model's state.
+    Projections and ids learn from every event, in the loop of the FM; the encoder is frozen, or learns at its own rate.
+    A text that is missing or says nothing contributes nothing. Embeddings are brought to length 1, less the mean of all
+    that was learned from, which is the model's state.
 
-    `texts`: a `TextCache`, or any `Vectors`. `taste`: what users clicked is a text field too, and how similar the row's
-    text is to it counts by a weight of its own; None: not. A click that no impression was shown for is told by a row of
-    label 1 and weight 0, which moves tastes and means alone. `text_optimizer`: of projections, an `Adagrad` that
+    `texts`: a `TextCache`, or any `Vectors`; a `TextLearner` where the encoder is to learn, too. `taste`: what users
+    clicked is a text field too, and how similar the row's text is to it counts by a weight of its own; None: not. A
+    click that no impression was shown for is told by a row of label 1 and weight 0, which moves tastes and means alone.
+    `text_optimizer`: of projections, an `Adagrad` that
     remembers one number a factor (so `l2` must be 0, and `row_wise` makes no difference). Everything else as in `FM`.
 
     A checkpoint or published version holds no vectors, but which encoder they came from: `config()` refers to it by its
@@ -153,11 +157,59 @@ class BertFM(FM):
         labels: NDArray[np.float32],
         weights: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """As `FM.step`."""
-        if len(rows) <= AT_ONCE:
-            return super().step(batch, rows, ops, labels, weights)
-        done = [FM.step(self, batch, rows[p], ops[p], labels[p], weights[p]) for p in _parts(len(rows))]
+        """As `FM.step`. Where the encoder learns too, it is told of a row before the row is learned."""
+        learner = self.texts
+        if not isinstance(learner, TextLearner):
+            return self._steps(batch, rows, ops, labels, weights)
+        done, begin = [], 0
+        learns = ((ops & LEARN) != 0) & (weights > 0)
+        for place in learner.due(learns).tolist():
+            if learner.has_room():
+                done.append(self._steps(*_cut(slice(begin, place), batch, rows, ops, labels, weights)))
+                row = _cut(slice(place, place + 1), batch, rows, ops, labels, weights)
+                examples = self._examples(*row)
+                done.append(self._steps(*row))
+                learner.learn(examples)
+                learner.turn()
+                begin = place + 1
+        done.append(self._steps(*_cut(slice(begin, len(rows)), batch, rows, ops, labels, weights)))
         return np.concatenate(done)
+
+    def _steps(self, batch: Batch, *ordered: Any) -> NDArray[np.float32]:
+        count = len(ordered[0])
+        if count <= AT_ONCE:
+            return super().step(batch, *ordered)
+        return np.concatenate([FM.step(self, *_cut(part, batch, *ordered)) for part in _parts(count)])
+
+    def _examples(
+        self,
+        batch: Batch,
+        rows: NDArray[np.int64],
+        ops: NDArray[np.int8],
+        labels: NDArray[np.float32],
+        weights: NDArray[np.float32],
+    ) -> list[Example]:
+        """Of one row, each of its texts with the gradient of the row's loss by the text's vector."""
+        if not 0 <= rows[0] < len(batch) or not np.isfinite(labels[0]) or not np.isfinite(weights[0]):
+            return []  # the loop says what is wrong, or leaves it out
+        one = batch.take(rows)
+        p, label, weight = float(self.predict(one)[0]), float(labels[0]), float(weights[0])
+        if ops[0] & WEIGH:
+            weight *= (label + (1 - label) * (1 - p)) * (1 + p)
+        part, shape = self.parts(one)[0], self._shape
+        refs, vectors = self._looked_up(self._refs(one), one.texts)
+        found = []
+        for t, ref in enumerate(refs[0].tolist()):
+            known, there = _raised(vectors[ref : ref + 1] if ref >= 0 else vectors[:0])
+            x, there = _raised(known - self._means[t], there)
+            if not there.any():
+                continue
+            projection = self.projections[t].detach().numpy()  # (dim, hidden)
+            by = (part[: self.dim] - projection @ x[0]) @ projection + self.text_weights[t].detach().numpy()
+            if t == shape.tasted and shape.by in one.fields:  # else there is the text in the place of a taste
+                by = by + part[self.dim : -1]
+            found.append(Example(one.texts[one.text_refs[0, t]], (weight * (p - label) * by), self._means[t].copy()))
+        return found
 
     def one(self, batch: Batch, label: float | None = None, weight: float = 1.0) -> float:
         """As `FM.one`; no faster than `step` with one operation."""
@@ -263,12 +315,14 @@ class BertFM(FM):
     def config(self) -> dict[str, Any]:
         """As `FM.config`, with what the encoder was made of and its version."""
         encoder = getattr(self.texts, "encoder", self.texts)
+        more = {"learner": self.texts.config()} if isinstance(self.texts, TextLearner) else {}
         return {
             **super().config(),
             "taste": None if self.taste is None else msgspec.to_builtins(self.taste),
             "text_optimizer": msgspec.to_builtins(self.text_optimizer),
             "encoder": encoder.config() if hasattr(encoder, "config") else None,
-            "encoder_version": self.encoder_version,
+            "encoder_version": str(getattr(encoder, "version", "")),  # that it began with
+            **more,
         }
 
     @classmethod
@@ -279,6 +333,8 @@ class BertFM(FM):
             if config["encoder"] is None:
                 raise ConfigError("this BertFM was made with vectors that have no config(): pass texts=")
             texts = _cache_of(msgspec.json.encode(config["encoder"]))
+            if "learner" in config:
+                texts = TextLearner.from_config(config["learner"], texts)
         taste = config["taste"]
         arguments = _arguments(config)
         rule = optimizer_from_dict(config["text_optimizer"])
@@ -300,7 +356,8 @@ class BertFM(FM):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BertFM:
-        twin = type(self).from_config(self.config(), texts=self.texts)
+        texts = self.texts.twin() if isinstance(self.texts, TextLearner) else self.texts
+        twin = type(self).from_config(self.config(), texts=texts)
         twin.load_state_dict(self.state_dict())
         return twin.train(self.training)
 
@@ -321,6 +378,10 @@ class BertFM(FM):
         state |= {"means": self._means.copy(), "seen": self._seen.copy(), "encoder": self.encoder_version}
         if not published:
             state["text_memory"] = self._text_memory.copy()
+        if isinstance(self.texts, TextLearner):
+            state["adapters"] = self.texts.adapters
+            if not published:
+                state["learner"] = self.texts.state_dict()
         rows = np.flatnonzero(self._tasted & (PUBLISHED if published else CHECKPOINT)) if changes else _ALONE
         for name, array in self._taste_arrays().items():
             if changes:
@@ -340,6 +401,7 @@ class BertFM(FM):
 
     def load_changes(self, changes: State) -> None:
         """As `FM.load_changes`. Raises `ConfigError` where they are by another encoder."""
+        self._load_adapters(changes, "")
         self._require_version(changes["encoder"])
         super().load_changes(changes)
         for name, array in self._taste_arrays().items():
@@ -350,6 +412,7 @@ class BertFM(FM):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *more: Any) -> None:
         if prefix + "encoder" not in state_dict:
             raise SchemaError("the saved model is no BertFM: it has no encoder; use the model it was saved from")
+        self._load_adapters(state_dict, prefix)
         self._require_version(state_dict[prefix + "encoder"])
         super()._load_from_state_dict(state_dict, prefix, *more)
         for name, array in self._taste_arrays().items():
@@ -362,6 +425,12 @@ class BertFM(FM):
             array[:] = saved
         self._tasted[:] = CHECKPOINT | PUBLISHED
         self._load_texts(state_dict, prefix)
+
+    def _load_adapters(self, state: Mapping[str, Any], prefix: str) -> None:
+        if isinstance(self.texts, TextLearner):
+            # a model whose encoder was frozen goes on from that
+            adapters = state.get(prefix + "adapters", torch.zeros(0))
+            self.texts.load(adapters, state.get(prefix + "learner"))
 
     def _load_texts(self, state: Mapping[str, Any], prefix: str) -> None:
         with torch.no_grad():
@@ -388,12 +457,13 @@ def _fields_of(taste: Taste, schema: Schema, texts: list[str]) -> tuple[int, int
 
 
 @lru_cache(maxsize=4)
-def _cache_of(config: bytes) -> Vectors:
+def _cache_of(config: bytes) -> TextCache:
     """The vectors by the encoder of a config; the same object for the same config."""
-    from streamrec.models.text_cache import TextCache
-    from streamrec.models.text_encoder import TextEncoder
-
     return TextCache(TextEncoder.from_config(msgspec.json.decode(config)))
+
+
+def _cut(part: slice, batch: Batch, *ordered: Any) -> tuple[Any, ...]:
+    return (batch, *(one[part] for one in ordered))
 
 
 def _parts(count: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -162,6 +163,13 @@ class TextCache:
     def _kept(self, version: str) -> NDArray[np.uint64]:
         """The versions that are of use, the given one first."""
         return np.array([_seeds(one)[0] for one in (version, self._encoder.version, self._coming) if one], np.uint64)
+
+    def by(self, encoder: TextEncoder) -> TextCache:
+        """The same cache, its memory and its counts, for vectors by another encoder of as many numbers."""
+        self._require_like(encoder)
+        made = copy.copy(self)
+        made._encoder, made._coming = encoder, ""
+        return made
 
     def renew(self, encoder: TextEncoder, budget: int) -> int:
         """Compute at most `budget` of the texts here by an encoder to come, and say how many; 0 when all are done.

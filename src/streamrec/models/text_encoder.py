@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -146,13 +147,27 @@ class TextEncoder:
         self._lent = True
         return self._module
 
+    def twin(self, module: torch.nn.Module | None = None, version: str = "") -> Self:
+        """Such an encoder with a tokenizer of its own, so that another thread may use it, and either a copy of the
+        model that shares its weights or another `module` of its kind. `version`: what is to tell its vectors from
+        others'; "": a digest, as ever."""
+        made = copy.copy(self)
+        made.tokenizer = copy.deepcopy(self.tokenizer)
+        shared = {id(weight): weight for weight in self._module.parameters()}
+        made._module = copy.deepcopy(self._module, shared) if module is None else module
+        made._lent, made._seen, made._version = False, (), version
+        made._prepare()
+        if made.backend != "torch":
+            _ = made.version  # of the weights that were copied
+        return made
+
     def embed(self, texts: Sequence[str | None]) -> NDArray[np.float32]:
         """float32 `(n, hidden)`: the texts' vectors. Each distinct text is computed once."""
         if self.pooling == "none":
             raise ConfigError('an encoder with pooling="none" has no vector for a text: use states, or pooling="mean"')
         found = np.zeros((len(texts), self.hidden), dtype=np.float32)
         for places, states in self._computed(texts):
-            with _one_thread():
+            with one_thread():
                 pooled = states[:, 0] if self.pooling == "cls" else states.mean(1)
             vectors = pooled.float().cpu().numpy()
             for vector, at in zip(vectors, places, strict=True):
@@ -230,7 +245,7 @@ class TextEncoder:
         """The last layer, (n, tokens, hidden)."""
         import torch
 
-        with _one_thread(), torch.inference_mode(), _text_files.inside(self.precision, ids.device.type):
+        with one_thread(), torch.inference_mode(), _text_files.inside(self.precision, ids.device.type):
             states: torch.Tensor = self._run(ids)
             return states
 
@@ -314,7 +329,7 @@ class TextEncoder:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """torch on one thread, in this thread of Python and inside; as before, after."""
     import torch
 
