@@ -419,6 +419,17 @@ def runs(stream: Stream, encoder: Any) -> Iterator[tuple[str, Floats]]:
             ),
         ),
     )
+    yield (
+        "BertFM at lr 0.01 + similarity by centred TF-IDF",
+        progressive(
+            stream,
+            BertFM(
+                schema(title, *close["centred TF-IDF"]),
+                texts=Table(bert, titles),
+                text_optimizer=sr.Adagrad(lr=0.01, eps=0.1),
+            ),
+        ),
+    )
     nearer = (*close["BERT"], *close["centred TF-IDF"])
     yield (
         "BertFM, side by side, + both similarities",
