@@ -106,7 +106,7 @@ def speed(rows: int = 40_000, users: int = 5_000, items: int = 3_000, repetition
         )
 
 
-def lora(requests: int = 1500, rounds: int = 3, items: int = 400) -> None:
+def lora(requests: int = 600, rounds: int = 3, items: int = 200) -> None:
     """Print how long it takes to score 64 candidates, 8 rows learned between two requests, with and without LoRA."""
     rng = np.random.default_rng(0)
     texts = titles(items)
