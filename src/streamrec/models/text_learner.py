@@ -179,7 +179,7 @@ class TextLearner:
 
     def state_dict(self) -> State:
         """What learning goes on from; `adapters` are beside it."""
-        return {"rows": self.rows, **self._worker.cut}
+        return {"rows": self.rows, **self._worker.cut, **self._worker.waiting()}
 
     def load(self, adapters: Tensor, state: State | None) -> None:
         """Go over to the version of these adapters, and learn on from `state`, or else from there."""
@@ -274,13 +274,13 @@ class _Worker:
         if len(self._waiting) >= self._settings.batch_size:
             some = [self._waiting.popleft() for _ in range(self._settings.batch_size)]
             self._step(some)
+            self._note()
             if self._gradient.steps % self._steps == 0:
                 made = self._flat(), self._encoder_now()
                 while self.cache.renew(made[1], AT_ONCE):
                     if self._stopping:
                         return
                 self.ready = made
-        self._note()
 
     def _step(self, some: list[Example]) -> None:
         tokens = self._encoder.tokens([one.text for one in some])
@@ -355,14 +355,14 @@ class _Worker:
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def _note(self) -> None:
-        hidden = self._encoder.hidden
-        rows = [np.stack([one.gradient, one.mean]) for one in self._waiting]
-        self.cut = {
-            "weights": self._flat(),
-            "gradient": self._gradient.state_dict(),
-            "waiting": [one.text for one in self._waiting],
-            "waiting_numbers": np.stack(rows) if rows else np.zeros((0, 2, hidden), dtype=np.float32),
-        }
+        self.cut = {"weights": self._flat(), "gradient": self._gradient.state_dict()}
+
+    def waiting(self) -> State:
+        """The examples that are too few for a step; beside `cut`."""
+        some = list(self._waiting)
+        rows = [np.stack([one.gradient, one.mean]) for one in some]
+        numbers = np.stack(rows) if rows else np.zeros((0, 2, self._encoder.hidden), dtype=np.float32)
+        return {"waiting": [one.text for one in some], "waiting_numbers": numbers}
 
     def load(self, adapters: Tensor, state: State | None) -> None:
         """Go on from `state`, or else from these adapters alone."""
