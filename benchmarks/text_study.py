@@ -37,6 +37,7 @@ from streamrec.protocols import LEARN, SCORE
 
 Floats = NDArray[np.float32]
 COLD, DRAWS, DAY = 5, 100, 86_400.0
+CONTROL = "FM + similarity by centred TF-IDF"
 LORA_EVERY = 64
 """Of so many learned rows the encoder learns one: what a core can teach it beside some thousand events a second."""
 
@@ -449,6 +450,10 @@ def study(stream: Stream, encoder: Any) -> dict[str, dict[str, NDArray[np.float6
         less = {of: said(drawn[of] - found["FM"][of], "+") if name != "FM" else "" for of in ("AUC", "cold")}
         cells = [said(drawn["AUC"]), less["AUC"], said(drawn["cold"]), less["cold"], said(drawn["within"])]
         print(f"| {' | '.join([name, *cells, said(drawn['NE'])])} |", flush=True)
+    print(f"\nAUC less that of {CONTROL}:")
+    for name, drawn in found.items():
+        if name not in ("FM", CONTROL):
+            print(f"  {name}: {said(drawn['AUC'] - found[CONTROL]['AUC'], '+')}")
     return found
 
 
