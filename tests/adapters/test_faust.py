@@ -284,7 +284,7 @@ def test_the_loop_is_not_blocked_while_it_learns_saves_and_publishes(tansu: str,
 
 def test_what_cannot_work_is_told_when_it_is_registered(tmp_path: Path) -> None:
     app = faust.App("wrong", broker="kafka://127.0.0.1:9", store="memory://", datadir=str(tmp_path))
-    model = sr.FM(sr.Schema(sr.Id("user")), dim=2)
+    model = sr.FM(sr.Schema(sr.Id("user")), dim=4)
     with pytest.raises(ConfigError, match="give it a store"):
         train(app, "t", sr.OnlineTrainer(model=model))
     trainer = sr.OnlineTrainer(model=model, store=tmp_path / "store")

@@ -28,7 +28,7 @@ ours = pytest.mark.skipif(GIVEN is not None, reason="needs a broker that can be 
 
 
 def make_trainer(folder: Path) -> sr.OnlineTrainer:
-    model = sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=2)
+    model = sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4)
     return sr.OnlineTrainer(model=model, store=folder / "store", checkpoint_seconds=0.2)
 
 

@@ -15,7 +15,7 @@ from tests.kafka.broker import free_port, new_topic, send, wait_until
 
 
 def make(store: Path) -> sr.OnlineTrainer:
-    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=2), store=store)
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user"), sr.Id("item")), dim=4), store=store)
     trainer.push([sr.Labeled(sr.Impression("i1", 1.0, "u1", "p1"), 1.0)])
     trainer.publish()
     return trainer

@@ -185,8 +185,8 @@ def test_changes_since_the_mark_make_the_one_the_other(before: list[Any], after:
 
 
 def test_an_admitted_id_goes_on_from_the_row_it_shared() -> None:
-    schema = Schema(Id("user", admit=2))
-    model = FM(schema, dim=2, optimizer=Adagrad(lr=0.1), linear_optimizer=FTRL(lr=0.1))
+    schema = Schema(Id("user", admit=2, ttl="7d"))
+    model = FM(schema, dim=4, optimizer=Adagrad(lr=0.1), linear_optimizer=FTRL(lr=0.1))
 
     def batch(user: str) -> Batch:
         return encode(schema, [sr.Impression(id="i", time=0.0, user=user, item="")]).batch
@@ -229,7 +229,7 @@ def test_an_id_that_returns_starts_clean() -> None:
 
 def test_rows_stay_bounded_while_ids_never_end() -> None:
     schema = Schema(Id("user", admit=2, ttl=50.0), Id("item", ttl=20.0))
-    model = FM(schema, dim=2, optimizer=SGD(lr=0.1))
+    model = FM(schema, dim=4, optimizer=SGD(lr=0.1))
     rng = np.random.default_rng(0)
     most = 0
     for start in range(0, 60_000, 1000):

@@ -144,7 +144,7 @@ class Twin:
         (4, SGD(lr=0.1, l2=0.01), SGD(lr=0.05)),
         (4, Adam(lr=0.01), Adam(lr=0.02, beta1=0.8, beta2=0.99)),
         (4, Adam(lr=0.01), Adagrad(lr=0.1, l2=0.01)),
-        (16, Adagrad(lr=0.05, l2=0.01, eps=1e-6), SGD(lr=0.05, l2=0.1)),
+        (16, Adagrad(lr=0.05, l2=0.01, eps=1e-6), Adagrad(lr=0.05, l2=0.1)),
         (0, SGD(lr=0.1), Adagrad(lr=0.1)),
     ],
     ids=repr,

@@ -144,7 +144,7 @@ def test_offsets() -> None:
 
 def test_a_scorer_needs_the_time_where_the_model_reads_it(tmp_path: Any) -> None:
     for name, field in (("hour", sr.Hour()), ("age", sr.Number("listed_at", since=True))):
-        trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("item"), field), dim=2), store=tmp_path / name)
+        trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("item"), field), dim=4), store=tmp_path / name)
         rng = np.random.default_rng(0)
         for n in range(400):
             time = START + 1800.0 * n

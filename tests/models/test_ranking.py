@@ -73,7 +73,7 @@ def test_top_is_the_top_of_a_stable_sort(data: st.DataObject) -> None:
     skipped = skipped[skipped < len(values)]
     left = np.delete(np.arange(len(values)), skipped)
     expected = left[np.argsort(-items[left, 2], kind="stable")[:k]]
-    places, logits = ranking.top(sr.FM(SCHEMA, dim=2), np.zeros(3, dtype=np.float32), items, k, skipped)
+    places, logits = ranking.top(sr.FM(SCHEMA, dim=4), np.zeros(3, dtype=np.float32), items, k, skipped)
     assert places.tolist() == expected.tolist()
     assert logits.tolist() == items[expected, 2].tolist()
 
@@ -100,7 +100,7 @@ def stable(logits: np.ndarray, k: int | None) -> list[int]:
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.sampled_from([-3.0, -0.0, 0.0, 1e-40, 2.0, 3e38]), max_size=300), st.integers(0, 310) | st.none())
 def test_best_and_in_order_are_the_top_of_a_stable_sort(values: list[float], k: int | None) -> None:
-    model = sr.FM(SCHEMA, dim=2)
+    model = sr.FM(SCHEMA, dim=4)
     items = np.zeros((max(len(values), 1), 3), dtype=np.float32)
     items[: len(values), 2] = values
     places = np.arange(len(values))[::-1].copy()
@@ -112,7 +112,7 @@ def test_best_and_in_order_are_the_top_of_a_stable_sort(values: list[float], k: 
 
 
 def test_best_of_no_such_place_is_an_error() -> None:
-    model, items = sr.FM(SCHEMA, dim=2), np.zeros((40, 3), dtype=np.float32)
+    model, items = sr.FM(SCHEMA, dim=4), np.zeros((40, 3), dtype=np.float32)
     for wrong in (-1, 40):
         for k in (1, None):
             with pytest.raises(IndexError, match="places must be from 0 to 39, got"):

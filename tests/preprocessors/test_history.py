@@ -216,7 +216,7 @@ def clicks(count: int = 600) -> list[Any]:
 def trainer_of(store: Any) -> sr.OnlineTrainer:
     history = sr.History(half_lives=["1h"], capacity=100)
     return sr.OnlineTrainer(
-        model=sr.FM(sr.Schema(sr.Id("item"), *history.fields), dim=2),
+        model=sr.FM(sr.Schema(sr.Id("item"), *history.fields), dim=4),
         preprocessors=[history],
         join=sr.LabelJoin(windows={"click": 30.0}),
         metrics=[sr.AUC()],

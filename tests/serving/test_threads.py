@@ -19,7 +19,7 @@ def test_threads_get_what_one_thread_gets() -> None:
         sr.Impression(f"i{n}", float(n), f"u{n % 20}", f"p{n % 900}", {"genres": [f"g{n % 7}", "a"], "price": n % 11})
         for n in range(3000)
     ]
-    trainer = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=8), store="memory://test-threads")
+    trainer = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=4), store="memory://test-threads")
     trainer.push([sr.Labeled(one, float(n % 7 < 2)) for n, one in enumerate(shown)])
     trainer.publish()
     scorer = sr.Scorer("memory://test-threads")

@@ -102,7 +102,7 @@ def test_what_is_refused_later_is_kept_with_its_place(noida: str) -> None:
     wrong = sr.Feedback("f", "", 1.0)  # it decodes, but belongs to no impression
     values[4:4] = [(1, b"{"), (1, encode_event(wrong)), (1, b"{"), (0, encode_event(wrong))]
     send(noida, topic, values)
-    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user")), dim=2), batch_size=5)
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user")), dim=4), batch_size=5)
     with Kafka(topic, noida, prefetch=8) as source:
         trainer.run(source)
     found = sorted(
