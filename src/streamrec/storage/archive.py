@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError, StoreError
-from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
+from streamrec.events import DeadLetter, Event, Feedback, Impression, Labeled, decode_event
 from streamrec.protocols import State
 from streamrec.storage._archive_columns import DATASETS, arrow, of_dataset
 from streamrec.storage._archive_files import File, Manifest, Unwritten, covers, folder_of, of_others
@@ -34,6 +34,7 @@ FORMAT = 1
 _FOLDER, _MANIFEST = "manifest", "archive.json"
 _REPEATING = {"type", "user", "item", "kind"}
 _ORDERED = {"time", "number"}
+_PLAIN = {Impression, Feedback}
 _AT_ONCE = 4  # files that are written
 _MOST_BYTES = 1 << 29  # of text held between checkpoints
 
@@ -89,9 +90,8 @@ class Archive:
         """Take accepted events, in order. A labeled example is archived as its impression, and its label."""
         if not events:
             return
-        labeled = [event for event in events if isinstance(event, Labeled)]
         plain: Any = events
-        if labeled:
+        if not _PLAIN.issuperset(map(type, events)) and (labeled := [e for e in events if isinstance(e, Labeled)]):
             plain = [event.impression if isinstance(event, Labeled) else event for event in events]
             shown = [event.impression for event in labeled]
             self._rows["labels"].add(
