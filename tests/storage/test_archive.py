@@ -41,7 +41,7 @@ def stream(count: int = 120) -> list[Any]:
 
 def trainer_of(folder: Path, **more: Any) -> sr.OnlineTrainer:
     settings: dict[str, Any] = {
-        "model": sr.FM(SCHEMA, dim=2),
+        "model": sr.FM(SCHEMA, dim=4),
         "preprocessors": [sr.Dedup(ttl=1e6, capacity=10_000)],
         "join": sr.LabelJoin(windows={"click": 300.0}, late="correct", keep="1h"),
         "store": sr.Store(folder / "store", keep=2),
@@ -65,10 +65,17 @@ def contents(folder: Path) -> dict[str, list[Any]]:
     return {name: everything(archive.read(name)) for name in ("events", "labeled", "dead")}
 
 
-@pytest.fixture(name="whole")
-def _whole(tmp_path: Path) -> dict[str, list[Any]]:
-    trainer_of(tmp_path / "whole").run(sr.Memory(stream()))
-    return contents(tmp_path / "whole")
+@pytest.fixture(name="kept", scope="module")
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run that nothing disturbed has written. Only to be read."""
+    folder = tmp_path_factory.mktemp("kept")
+    trainer_of(folder).run(sr.Memory(stream()))
+    return folder
+
+
+@pytest.fixture(name="whole", scope="module")
+def _whole(kept: Path) -> dict[str, list[Any]]:
+    return contents(kept)
 
 
 def test_it_holds_each_event_once_and_gives_it_back(whole: dict[str, list[Any]]) -> None:
@@ -88,19 +95,31 @@ def test_it_holds_each_event_once_and_gives_it_back(whole: dict[str, list[Any]])
     assert whole["dead"] == dead
 
 
-def test_dead_letters_are_replayed_after_a_fix(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
-    archive = sr.Archive(tmp_path / "whole" / "archive")
+def test_dead_letters_are_replayed_after_a_fix(kept: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(kept / "archive")
     events = everything(archive.read("dead", decode=lambda raw: decode_event(raw + b"}")))
     assert len(events) == len(whole["dead"]) > 5 and not any(isinstance(one, sr.DeadLetter) for one in events)
+    # and into a model; whoever replays them twice has duplicates
+    trainer = sr.OnlineTrainer(
+        model=sr.FM(SCHEMA, dim=4),
+        preprocessors=[sr.Dedup(ttl=1e6, capacity=10_000)],
+        join=sr.LabelJoin(windows={"click": 300.0}),
+    )
+    counts = trainer.run(archive.read("dead", decode=lambda raw: decode_event(raw + b"}"))).counts
+    shown = sum(isinstance(one, sr.Impression) for one in events)
+    assert counts["events"] == len(events) and counts["impressions"] == shown
+    assert counts["learned"] + counts["pending"] == shown and counts["learned"] > 3
+    trainer.push(events)
+    assert trainer.report().counts["duplicate"] == len(events)
 
 
-def test_files_of_an_hour_are_put_together(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
-    archive = sr.Archive(tmp_path / "whole" / "archive")
+def test_files_of_an_hour_are_put_together(kept: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(kept / "archive")
     files = archive.files("events")
     assert any("/parts-" in name for name in files) and all("/date=2023-11-1" in name for name in files)
     hours = {name.rpartition("/")[0] for name in files}
     assert len(files) <= 5 * len(hours) and len(hours) == 4
-    on_disk = {str(path) for path in (tmp_path / "whole" / "archive").rglob("*.parquet")}
+    on_disk = {str(path) for path in (kept / "archive").rglob("*.parquet")}
     named = [name for data in module.DATASETS for name in archive.files(data)]
     assert {name.removeprefix("file://") for name in named} == on_disk
 
@@ -223,37 +242,37 @@ def test_whatever_stands_in_an_event_is_archived(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["events", "labeled", "dead"])
-def test_each_reading_is_a_source(tmp_path: Path, whole: dict[str, list[Any]], dataset: str) -> None:
-    archive = sr.Archive(tmp_path / "whole" / "archive")
+def test_each_reading_is_a_source(kept: Path, whole: dict[str, list[Any]], dataset: str) -> None:
+    archive = sr.Archive(kept / "archive")
     check_source(lambda: archive.read(dataset))
 
 
-def test_learning_from_the_archive_is_learning_from_the_stream(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+def test_learning_from_the_archive_is_learning_from_the_stream(kept: Path, whole: dict[str, list[Any]]) -> None:
     events = [one for one in stream() if isinstance(one, (sr.Impression, sr.Feedback))]
     plain = sr.OnlineTrainer(
-        model=sr.FM(SCHEMA, dim=2),
+        model=sr.FM(SCHEMA, dim=4),
         join=sr.LabelJoin(windows={"click": 300.0}),
         preprocessors=[sr.Dedup(ttl=1e6, capacity=9999)],
     )
-    again = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=2), join=sr.LabelJoin(windows={"click": 300.0}))
+    again = sr.OnlineTrainer(model=sr.FM(SCHEMA, dim=4), join=sr.LabelJoin(windows={"click": 300.0}))
     plain.push(events)
-    source = sr.Archive(tmp_path / "whole" / "archive").read("events")
+    source = sr.Archive(kept / "archive").read("events")
     again.push([one for one in everything(source) if not one.id.startswith("l")])
     assert again.report().counts["learned"] == plain.report().counts["learned"]
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of pandas, by Dask
-def test_dask_reads_it(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
+def test_dask_reads_it(kept: Path, whole: dict[str, list[Any]]) -> None:
     dataframe = pytest.importorskip("dask.dataframe")
-    archive = sr.Archive(tmp_path / "whole" / "archive")
+    archive = sr.Archive(kept / "archive")
     frame = dataframe.read_parquet(archive.files("labels"))
     assert len(frame) == len(whole["labeled"])
     clicked = frame[frame.label > 0].compute(scheduler="synchronous")
     assert len(clicked) == sum(one.label > 0 for one in whole["labeled"])
 
 
-def test_an_archive_of_another_run_is_not_written_over(tmp_path: Path, whole: dict[str, list[Any]]) -> None:
-    archive = sr.Archive(tmp_path / "whole" / "archive")
+def test_an_archive_of_another_run_is_not_written_over(tmp_path: Path, kept: Path, whole: dict[str, list[Any]]) -> None:
+    archive = sr.Archive(kept / "archive")
     with pytest.raises(StoreError, match="another run"):
         trainer_of(tmp_path / "other", archive=archive).run(sr.Memory(stream()))
     with pytest.raises(ConfigError, match="give a store"):
@@ -282,7 +301,7 @@ def test_a_forgotten_user_is_in_no_file(tmp_path: Path, expires: bool) -> None:
     events.insert(40, sr.DeadLetter({"offset": 5}, "bad id", f'{{"user": "{SECRET}"'.encode()))
     trainer = trainer_of(
         tmp_path,
-        model=sr.FM(schema, dim=2),
+        model=sr.FM(schema, dim=4),
         preprocessors=[sr.Dedup(ttl=1e6, capacity=10_000), sr.RateLimit(most=1000, within="1h"), sr.History()],
     )
     source = sr.Memory(events)
@@ -298,7 +317,7 @@ def test_a_forgotten_user_is_in_no_file(tmp_path: Path, expires: bool) -> None:
     assert SECRET not in left and "u2" in left
     resumed = trainer_of(
         tmp_path,
-        model=sr.FM(schema, dim=2),
+        model=sr.FM(schema, dim=4),
         preprocessors=[sr.Dedup(ttl=1e6, capacity=10_000), sr.RateLimit(most=1000, within="1h"), sr.History()],
     )
     assert resumed.resume() == source.position()
