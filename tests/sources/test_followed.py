@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import streamrec as sr
@@ -147,6 +147,8 @@ def test_contract_over_old_files_and_the_log(tmp_path: Path) -> None:
     ),
     st.sampled_from([7, 100, 1 << 20]),
 )
+# an old file that was compressed with nothing in it, and a log that is truncated
+@example([("rename", 0), ("rename", 0), ("compress", 0), ("write", 1), ("copy, look, truncate", 0)], 7)
 def test_each_line_comes_once_through_any_rotation(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]], chunk: int
 ) -> None:

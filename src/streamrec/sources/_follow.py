@@ -239,9 +239,9 @@ class Followed:
 
     def _behind_known(self, files: list[LogFile]) -> int:
         """The number of the first file behind those that have been read."""
-        if not self._before:
+        known = {*self._before} - {NOTHING}  # all empty files begin alike, a log among them that was just truncated
+        if not known:
             return 0
-        known = set(self._before)
         for number in reversed(range(len(files))):
             first = first_of(files[number].path, FIRST + 1)
             if mark(first) in known or (len(first) > FIRST and mark(first[:FIRST]) in known):
