@@ -161,8 +161,8 @@ def test_a_forgotten_user_is_forgotten_by_all_learners() -> None:
 
 OTHERS: list[dict[str, Any]] = [
     {"optimizer.lr": 0.2, "linear_optimizer.lr": 0.9, "linear_optimizer.l2": 0.5, "linear_optimizer.beta": 0.1},
-    {"dim": 2},
-    {"dim": 6, "linear_optimizer.lr": 0.5},
+    {"dim": 1},
+    {"dim": 5, "linear_optimizer.lr": 0.5},
     {"linear_optimizer": sr.Adagrad()},
     {"optimizer": sr.FTRL(), "linear_optimizer": sr.SGD()},
 ]
