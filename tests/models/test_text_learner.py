@@ -76,8 +76,7 @@ def test_an_example_is_the_gradient_of_the_loss_by_a_text(encoder: sr.TextEncode
     for _ in range(4):
         model.learn(BATCH, LABELS)
     row = np.array([5])  # a title and a query
-    ops, label, weight = np.array([LEARN], np.int8), np.zeros(1, np.float32), np.full(1, 2.0, np.float32)
-    examples = model._examples(BATCH, row, ops, label, weight)
+    examples = model._examples(BATCH.take(row), LEARN, 0.0, 2.0)
     (example,) = (one for one in examples if one.text == "blue wine")
     assert len(examples) == 2 and abs(model.similarity.item()) > 0.01
     start = torch.tensor(texts.vectors(["blue wine"])[0], dtype=torch.float64, requires_grad=True)

@@ -63,8 +63,9 @@ class Report:
     def to_json(self) -> str:
         """All of it as JSON; a metric that is undefined is null.
 
-        >>> Report({"AUC": math.nan}, {"events": 0}).to_json()  # doctest: +ELLIPSIS
-        '{"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "intervals": {}, ...'
+        >>> print(Report({"AUC": math.nan}, {"events": 0}).to_json())
+        {"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "intervals": {}, "seconds": 0.0,
+         "interrupted": false}
         """
         windows = [
             {"start": one.start, "end": one.end, "count": one.count, "metrics": _plain(one.metrics)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -166,9 +167,9 @@ class BertFM(FM):
         for place in learner.due(learns).tolist():
             if learner.has_room():
                 done.append(self._steps(*_cut(slice(begin, place), batch, rows, ops, labels, weights)))
-                row = _cut(slice(place, place + 1), batch, rows, ops, labels, weights)
-                examples = self._examples(*row)
-                done.append(self._steps(*row))
+                shown = batch.take(rows[place : place + 1]) if 0 <= rows[place] < len(batch) else None
+                examples = self._examples(shown, int(ops[place]), float(labels[place]), float(weights[place]))
+                done.append(self._steps(*_cut(slice(place, place + 1), batch, rows, ops, labels, weights)))
                 learner.learn(examples)
                 learner.turn()
                 begin = place + 1
@@ -181,20 +182,12 @@ class BertFM(FM):
             return super().step(batch, *ordered)
         return np.concatenate([FM.step(self, *_cut(part, batch, *ordered)) for part in _parts(count)])
 
-    def _examples(
-        self,
-        batch: Batch,
-        rows: NDArray[np.int64],
-        ops: NDArray[np.int8],
-        labels: NDArray[np.float32],
-        weights: NDArray[np.float32],
-    ) -> list[Example]:
+    def _examples(self, one: Batch | None, op: int, label: float, weight: float) -> list[Example]:
         """Of one row, each of its texts with the gradient of the row's loss by the text's vector."""
-        if not 0 <= rows[0] < len(batch) or not np.isfinite(labels[0]) or not np.isfinite(weights[0]):
+        if one is None or not math.isfinite(label) or not math.isfinite(weight):
             return []  # the loop says what is wrong, or leaves it out
-        one = batch.take(rows)
-        p, label, weight = float(self.predict(one)[0]), float(labels[0]), float(weights[0])
-        if ops[0] & WEIGH:
+        p = float(self.predict(one)[0])
+        if op & WEIGH:
             weight *= (label + (1 - label) * (1 - p)) * (1 + p)
         part, shape = self.parts(one)[0], self._shape
         refs, vectors = self._looked_up(self._refs(one), one.texts)

@@ -429,8 +429,8 @@ class FM(nn.Module):
         self._table.array[:used] = other._table.array[:used]
         self._touched.array[:used] = CHECKPOINT | PUBLISHED
         self._expiry.array[:used] = other._expiry.array[:used]
-        for mine, its in ((self._clock, other._clock), (self._sketch, other._sketch)):
-            mine[:] = its
+        self._clock[:] = other._clock
+        self._sketch[:] = other._sketch
         with torch.no_grad():
             self.bias.copy_(other.bias)
             self.statistics.copy_(other.statistics)

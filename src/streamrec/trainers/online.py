@@ -355,14 +355,15 @@ class OnlineTrainer:
             ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
             self._counts["learned"] += int(np.count_nonzero(learned))
         notes = self._judge.note(shown, batch)
-        every = slice(None)
-        found = self._judge.said(self._step(batch, np.arange(count), ops, labels, learn_weights), notes, every)
+        every: Any = slice(None)
+        rows = np.arange(count)
+        found = self._judge.said(self._step(batch, rows, ops, labels, learn_weights), notes, every)
         if self.calibration is not None:
             mine = np.flatnonzero([kind == self.target for kind in kinds])
             found = self.calibration.advance(found, mine + 1, labels[mine], found[mine], weights[mine])
         self._judge.calibrated(found, notes, every)
         served = _served(found, shown)
-        judged = np.arange(count) if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
+        judged = every if "" not in kinds else np.flatnonzero([kind != "" for kind in kinds])
         if first or not one_kind:
             self._judge.update(
                 labels[judged],
@@ -372,7 +373,7 @@ class OnlineTrainer:
                 first if one_kind else [kind for kind in kinds if kind],
                 [column[judged] for column in notes],
                 batch,
-                judged,
+                rows[judged],
             )
         scores: list[float] = found.tolist()
         return scores
