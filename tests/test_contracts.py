@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,12 @@ METRICS: dict[str, list[Callable[[], Metric]]] = {
     "Coverage": [lambda: sr.Coverage(size=50)],
     "Slices": [lambda: sr.Slices(by="request", metrics=[sr.AUC(), sr.ConversionRate(of="purchase")])],
 }
+DETECTORS: dict[str, Callable[[], Any]] = {
+    "ADWIN": lambda: sr.ADWIN(clock=4),
+    "PageHinkley": lambda: sr.PageHinkley(threshold=4.0),
+    "PSI": lambda: sr.PSI(SCHEMA, window=20, threshold=0.5),
+    "Drift": lambda: sr.Drift(sr.ADWIN(clock=4), features=sr.PSI(SCHEMA, window=20, threshold=0.5), rate=2.0, lasts=30),
+}
 # What flows and what configures: frozen, without memory.
 DATA = {
     *("After", "Batch", "Candidate", "DeadLetter", "Feedback", "Hour", "Id", "Ids", "Impression", "Labeled", "Number"),
@@ -140,7 +147,7 @@ ELSEWHERE = {
     "Tuner": "trainers/test_tuner.py::test_neither_cuts_nor_a_kill_change_a_bit",
     "Store": "storage/test_store_crash.py::test_",
 }
-COVERED = [SOURCES, STAGES, MODELS, METRICS, DATA, ERRORS, ELSEWHERE]
+COVERED = [SOURCES, STAGES, MODELS, METRICS, DETECTORS, DATA, ERRORS, ELSEWHERE]
 
 
 def test_every_exported_class_is_under_a_contract() -> None:
@@ -183,6 +190,56 @@ def test_models(name: str) -> None:
 @pytest.mark.parametrize(("name", "place"), [(name, n) for name, makes in METRICS.items() for n in range(len(makes))])
 def test_metrics(name: str, place: int) -> None:
     check_metric(METRICS[name][place])
+
+
+def looked_at(name: str, detector: Any, rows: slice) -> Any:
+    """What a detector says of a part of a stream that changes in the middle."""
+    rng = np.random.default_rng(0)
+    losses = np.where(np.arange(80) < 40, 0.1, 0.9) + 0.05 * rng.random(80)
+    batch = encode(SCHEMA, [
+        sr.Impression(f"i{n}", START + n, "u", f"p{n % 3 + 3 * (n >= 40)}", {"price": float(n % 5)}) for n in range(80)
+    ]).batch  # fmt: skip
+    if name == "PSI":
+        return detector.update(batch.take(rows))
+    if name == "Drift":
+        detector.show(batch.take(rows))
+        detector.update(np.ones(80, dtype=np.float32)[rows], np.float32(1.05 - losses)[rows], batch.times[rows])
+        return []
+    before = losses[rows].copy()
+    found = detector.changes(losses[rows]).tolist()
+    assert losses[rows].tobytes() == before.tobytes()
+    return found
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors(name: str) -> None:
+    """The same whatever the cuts, from a saved state at every cut, sharing nothing with a copy, and settings kept."""
+    whole = DETECTORS[name]()
+    assert isinstance(whole, Stateful)
+    expected = looked_at(name, whole, slice(0, 80))
+    model = type("Model", (), {"rate": 1.0})()
+    for cut in range(81):
+        first = DETECTORS[name]()
+        found = looked_at(name, first, slice(0, cut))
+        state = first.state_dict()
+        check_state_is_plain(state)
+        saved, twin = copy_state(state), DETECTORS[name]()
+        looked_at(name, twin, slice(30, 80))
+        twin.load_state_dict(saved)
+        copied = copy.deepcopy(first)
+        found += looked_at(name, copied, slice(cut, 80))
+        assert first_difference(saved, copy_state(first.state_dict())) is None, "the copy shares memory"
+        found_by_twin = looked_at(name, twin, slice(cut, 80))
+        assert found == expected and found[len(found) - len(found_by_twin) :] == found_by_twin
+        assert first_difference(whole.state_dict(), twin.state_dict()) is None
+        assert first_difference(saved, copy_state(state)) is None, "a state that was cut has changed"
+    if name == "Drift":
+        whole.act(model)
+        assert {alert.field for alert in whole.alerts} >= {"", "item"} and model.rate == 2.0
+    else:
+        assert any(expected), "the stream does change"
+        again = whole.fresh()
+        assert looked_at(name, again, slice(0, 80)) == expected and repr(again) == repr(whole)
 
 
 @pytest.mark.parametrize("name", sorted(DATA | {"SGD", "Adagrad", "FTRL", "Adam"}))

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from streamrec.errors import SourceError as SourceError
     from streamrec.errors import StoreError as StoreError
     from streamrec.errors import StreamrecError as StreamrecError
+    from streamrec.evaluators import ADWIN as ADWIN
     from streamrec.evaluators import AUC as AUC
     from streamrec.evaluators import CTR as CTR
     from streamrec.evaluators import GAUC as GAUC
     from streamrec.evaluators import NDCG as NDCG
+    from streamrec.evaluators import PSI as PSI
     from streamrec.evaluators import Calibration as Calibration
     from streamrec.evaluators import ConversionRate as ConversionRate
     from streamrec.evaluators import Coverage as Coverage
     from streamrec.evaluators import LogLoss as LogLoss
     from streamrec.evaluators import NormalizedEntropy as NormalizedEntropy
+    from streamrec.evaluators import PageHinkley as PageHinkley
     from streamrec.evaluators import Recall as Recall
     from streamrec.evaluators import Report as Report
     from streamrec.evaluators import Slices as Slices
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from streamrec.storage import EncodedRows as EncodedRows
     from streamrec.storage import Store as Store
     from streamrec.trainers import BatchTrainer as BatchTrainer
+    from streamrec.trainers import Drift as Drift
     from streamrec.trainers import Gate as Gate
     from streamrec.trainers import JoinedEvents as JoinedEvents
     from streamrec.trainers import OnlineTrainer as OnlineTrainer
@@ -92,15 +96,18 @@ _HOME = {
         "StreamrecError",
     ),
     "evaluators": (
+        "ADWIN",
         "AUC",
         "CTR",
         "GAUC",
         "NDCG",
+        "PSI",
         "Calibration",
         "ConversionRate",
         "Coverage",
         "LogLoss",
         "NormalizedEntropy",
+        "PageHinkley",
         "Recall",
         "Report",
         "Slices",
@@ -135,7 +142,7 @@ _HOME = {
     "serving": ("Candidate", "Ranked", "Scorer"),
     "sources": ("Csv", "HttpPoll", "JsonLines", "Memory", "Merged", "Parquet", "Push"),
     "storage": ("Archive", "EncodedRows", "Store"),
-    "trainers": ("BatchTrainer", "Gate", "JoinedEvents", "OnlineTrainer", "Tuner"),
+    "trainers": ("BatchTrainer", "Drift", "Gate", "JoinedEvents", "OnlineTrainer", "Tuner"),
 }
 _ROOM = {name: room for room, names in _HOME.items() for name in names}
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Batch", "LabeledRows"]
 
+_SAVED = ("ids", "values", "fields", "text_refs", "times")
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -75,11 +76,13 @@ class Batch:
         return self.ids[where], self.values[where], self.fields[where]
 
     def _used_texts(self) -> tuple[Sequence[str], NDArray[np.int32]]:
-        """The texts of these rows alone, and the references into them."""
-        used, refs = np.unique(self.text_refs, return_inverse=True)
-        shift = 1 if used.size and used[0] < 0 else 0
-        texts = [self.texts[ref] for ref in used if ref >= 0]
-        return texts, (refs.reshape(self.text_refs.shape) - shift).astype(np.int32)
+        """The texts of these rows alone, as they come, and the references into them."""
+        used, first, refs = np.unique(self.text_refs, return_index=True, return_inverse=True)
+        none = 1 if used.size and used[0] < 0 else 0
+        order = np.argsort(first[none:])
+        places = np.full(len(used), -1, dtype=np.int32)
+        places[none + order] = np.arange(len(order), dtype=np.int32)
+        return [self.texts[ref] for ref in used[none:][order]], places[refs.reshape(self.text_refs.shape)]
 
     def compact(self) -> Batch:
         """The same rows over columns of their own that hold nothing else, row after row."""
@@ -89,6 +92,19 @@ class Batch:
         ends = np.cumsum(lengths)
         columns = _own(ids), _own(values), _own(fields)
         return Batch(*columns, ends - lengths, ends, texts, refs, self.times.copy())
+
+    def to_dict(self) -> dict[str, Any]:
+        """These rows as a state holds them, arrays of their own; `from_dict` reads them back."""
+        rows = self.compact()
+        columns = {name: getattr(rows, name) for name in _SAVED}
+        return {**columns, "lengths": rows.ends - rows.starts, "texts": list(rows.texts)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Batch:
+        """The rows that `to_dict` gave."""
+        columns = {name: np.array(saved[name]) for name in _SAVED}
+        ends = np.cumsum(saved["lengths"], dtype=np.int64)
+        return cls(starts=ends - saved["lengths"], ends=ends, texts=list(saved["texts"]), **columns)
 
     @staticmethod
     def concatenated(batches: Sequence[Batch]) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import streamrec as sr
-from streamrec.evaluators import ADWIN, PageHinkley, psi
+from streamrec.evaluators import ADWIN, PageHinkley
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 
 
@@ -118,17 +118,6 @@ def test_a_change_from_20_to_30_percent_is_found(make: Any, within: int) -> None
         detector = make()
         detector.update(rng.random(5_000) < 0.2)
         assert max(detector.changes(rng.random(within) < 0.3)) == 1
-
-
-def test_psi() -> None:
-    rng = np.random.default_rng(2)
-    same = [np.bincount(rng.integers(10, size=2_000), minlength=10) for _ in range(2)]
-    other = np.bincount(np.minimum(rng.integers(13, size=2_000), 9), minlength=10)
-    assert psi(*same) < 0.05 < 0.1 < psi(same[0], other)
-    assert psi(same[0], other) == pytest.approx(psi(other, same[0]))
-    assert math.isnan(psi([0, 0], [1, 2]))
-    with pytest.raises(sr.ConfigError, match="the same bins"):
-        psi([1, 2], [1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,71 @@ def test_neither_cuts_nor_a_kill_change_a_bit() -> None:
     assert twin.drift.alerts == whole.drift.alerts and told == whole.drift.alerts[: len(told)]
 
 
+WITH_PRICE = sr.Schema(sr.Id("user"), sr.Id("item"), sr.Number("price"))
+
+
+def priced(count: int, dearer_from: int) -> list[sr.Labeled]:
+    """What is clicked has nothing to do with the price."""
+    rng = np.random.default_rng(1)
+    price = rng.normal(1.0, 0.1, count) + 0.2 * (np.arange(count) >= dearer_from)
+    return [
+        sr.Labeled(sr.Impression(one.impression.id, one.impression.time, one.impression.user, one.impression.item,
+                                 {"price": float(x)}), one.label)
+        for one, x in zip(events(count, flipped_from=count), price, strict=True)
+    ]  # fmt: skip
+
+
+def on_features(told: list[Alert], detector: ADWIN | None = None) -> sr.OnlineTrainer:
+    drift = Drift(detector, features=sr.PSI(WITH_PRICE, window=1_000), on_alert=told.append, rate=4.0, lasts=700)
+    return sr.OnlineTrainer(model=sr.FM(WITH_PRICE, dim=4), drift=drift)
+
+
+def test_a_feature_that_shifts_is_told_though_the_loss_is_as_it_was() -> None:
+    stream = priced(6_000, dearer_from=4_000)
+    told: list[Alert] = []
+    one, rates = on_features(told, ADWIN()), []
+    for begin in range(0, len(stream), 256):
+        one.push(stream[begin : begin + 256])
+        rates.append(one.model.rate)  # type: ignore[attr-defined]
+    # the window from 4,000 to 5,000 ends among events that are looked at together until 5,120; ADWIN says nothing
+    assert [(alert.field, alert.label, alert.time) for alert in told] == [("price", 5_120, 10.0 * 4_999)]
+    assert told[0].psi > 0.25 and one.report().counts["drift"] == 1
+    assert rates[18:24] == [1.0, 4.0, 4.0, 4.0, 1.0, 1.0]
+
+
+def test_neither_cuts_nor_a_kill_change_a_bit_of_what_features_show() -> None:
+    stream = priced(4_000, dearer_from=2_000)
+    told: list[Alert] = []
+    whole = on_features(told)
+    expected = whole.push(stream)
+    pieces = on_features([])
+    found = [score for begin in range(0, 3_020, 20) for score in pieces.push(stream[begin : begin + 20])]
+    twin = on_features([])
+    twin.load_state_dict(copy_state(pieces.state_dict()))  # a shift was found at 3,000 and is not acted upon yet
+    assert twin.drift is not None and twin.drift.alerts == [] and told
+    assert found + twin.push(stream[3_020:]) == expected
+    a, b = ({**one.state_dict(), "seconds": 0.0} for one in (whole, twin))
+    assert first_difference(copy_state(a), copy_state(b)) is None
+    with pytest.raises(sr.ConfigError, match="has no detector"):
+        on_features([], ADWIN()).load_state_dict(copy_state(a))
+
+
+def test_a_forgotten_user_is_not_in_the_reference() -> None:
+    one = on_features([])
+    one.push(priced(1_500, dearer_from=1_500))
+    assert one.drift is not None and one.drift.features is not None
+    saved = one.drift.features.state_dict()
+    marks = saved["bins"]["user"]["marks"]
+    name, number = next(
+        (f"u{n}", found)
+        for n in range(20)
+        if (found := one._encoder([sr.Impression("i", 0.0, f"u{n}", "p")])[0].ids[0]) in marks
+    )
+    assert number in saved["rows"]["ids"]
+    one.forget(name)
+    assert first_difference(one.drift.features.state_dict(), sr.PSI(WITH_PRICE, window=1_000).state_dict()) is None
+
+
 def test_it_retrains_from_the_archive(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     made: list[sr.FM] = []
@@ -105,5 +170,9 @@ def test_what_cannot_work_is_said() -> None:
 
         def load_state_dict(self, state: Any) -> None: ...
 
+    with pytest.raises(sr.ConfigError, match="drift of what"):
+        Drift()
+    with pytest.raises(sr.SchemaError, match="the model that drift watches: 'price' is only here"):
+        sr.OnlineTrainer(model=Fixed(), drift=Drift(features=sr.PSI(WITH_PRICE)))
     with pytest.raises(sr.ConfigError, match="has no `rate`"):
         sr.OnlineTrainer(model=Fixed(), drift=Drift(ADWIN(), rate=2.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamrec.evaluators.calibration import Isotonic, Platt
-from streamrec.evaluators.drift import ADWIN, PageHinkley, psi
+from streamrec.evaluators.drift import ADWIN, PageHinkley
 from streamrec.evaluators.grouped import GAUC, NDCG, Coverage, Recall
 from streamrec.evaluators.metrics import AUC, CTR, Calibration, ConversionRate, LogLoss, NormalizedEntropy
 from streamrec.evaluators.off_policy import Estimate, doubly_robust, ips, snips
@@ -11,6 +11,7 @@ from streamrec.evaluators.progressive import ProgressiveValidation, Window
 from streamrec.evaluators.report import Report
 from streamrec.evaluators.sequential import LossDifference
 from streamrec.evaluators.slices import Slices
+from streamrec.evaluators.stability import PSI, Shift, psi
 
 __all__ = [
     "ADWIN",
@@ -18,6 +19,7 @@ __all__ = [
     "CTR",
     "GAUC",
     "NDCG",
+    "PSI",
     "Calibration",
     "ConversionRate",
     "Coverage",
@@ -31,6 +33,7 @@ __all__ = [
     "ProgressiveValidation",
     "Recall",
     "Report",
+    "Shift",
     "Slices",
     "Window",
     "doubly_robust",

@@ -16,28 +16,10 @@ from typing_extensions import Self
 from streamrec._compile import compiled
 from streamrec.errors import ConfigError
 
-__all__ = ["ADWIN", "PageHinkley", "psi"]
+__all__ = ["ADWIN", "PageHinkley"]
 
 _LEVELS, _MOST = 48, 5  # buckets of 2^level numbers, at most so many of each level: 2^48 numbers and more
 _WIDTH, _TOTAL, _VARIANCE, _TICKS = range(4)
-
-
-def psi(expected: ArrayLike, actual: ArrayLike) -> float:
-    """Population stability index of two histograms over the same bins: Σ (a - e) log(a / e) of their shares.
-
-    By custom, under 0.1 is no change, over 0.25 a large one. Half a count is added to each bin, so that none is empty.
-    nan where one of them has seen nothing. Raises `ConfigError` where they have different bins.
-
-    >>> round(psi([50, 50], [50, 50]), 3), round(psi([500, 500], [800, 200]), 2)
-    (0.0, 0.41)
-    """
-    both = [np.asarray(one, dtype=np.float64) for one in (expected, actual)]
-    if both[0].shape != both[1].shape or both[0].ndim != 1:
-        raise ConfigError(f"the histograms must have the same bins, got {both[0].shape} and {both[1].shape}")
-    if not all(one.sum() > 0 for one in both):
-        return math.nan
-    e, a = ((one + 0.5) / (one + 0.5).sum() for one in both)
-    return float(np.sum((a - e) * np.log(a / e)))
 
 
 class _Detector:

@@ -48,22 +48,11 @@ class Recent:
         found = self.last(self._capacity)
         if found is None:
             return {"labels": np.empty(0, dtype=np.float32)}
-        batch = found.batch
-        return {
-            "labels": found.labels.copy(),
-            **{name: getattr(batch, name).copy() for name in ("ids", "values", "fields", "text_refs", "times")},
-            "lengths": batch.ends - batch.starts,
-            "texts": list(batch.texts),
-        }
+        return {"labels": found.labels.copy(), "rows": found.batch.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what `state` was cut from."""
         self.clear()
         labels = np.array(state["labels"], dtype=np.float32)
-        if not len(labels):
-            return
-        ends = np.cumsum(state["lengths"])
-        names = ("ids", "values", "fields", "text_refs", "times")
-        ids, values, fields, refs, times = (np.array(state[name]) for name in names)
-        batch = Batch(ids, values, fields, ends - state["lengths"], ends, state["texts"], refs, times)
-        self.add(batch, labels)
+        if len(labels):
+            self.add(Batch.from_dict(state["rows"]), labels)

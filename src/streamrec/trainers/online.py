@@ -42,7 +42,7 @@ from streamrec.trainers.tuner import LOOK, Tuner
 
 __all__ = ["OnlineTrainer"]
 
-FORMAT = 4
+FORMAT = 5
 """Of the checkpoints written here. Another one is refused."""
 
 
@@ -75,9 +75,9 @@ class OnlineTrainer:
     comes, with the fake-negative weighted loss, instead of once when its window closes: see `docs/labels.md` for when
     that pays. The metrics wait for the label all the same. `archive`: an `Archive` or where to make one: every event
     that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
-    `gate`: tries each version before it is served. `drift`: watches the loss of the served scores, and acts.
-    `calibration`: makes probabilities of the model's scores, and learns that from labels of the target as they come;
-    what is returned, judged and published is calibrated. `callbacks`: are told how it goes.
+    `gate`: tries each version before it is served. `drift`: watches the loss of the served scores and what is shown,
+    and acts. `calibration`: makes probabilities of the model's scores, and learns that from labels of the target as
+    they come; what is returned, judged and published is calibrated. `callbacks`: are told how it goes.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -154,7 +154,7 @@ class OnlineTrainer:
             raise ConfigError("a tuner's learners are judged as they are: calibrate the model that it finds")
         self.drift = drift
         if drift is not None:
-            drift.set_rate(model)
+            drift.require(model)
         self.calibration = calibration
         self._judge = Judge(self.validation, target, gate=gate, tuner=self._tuner, drift=drift, calibration=calibration)
         texts = sum(isinstance(field, Text) for field in model.schema)
@@ -247,6 +247,8 @@ class OnlineTrainer:
         else:
             shown = [e for e in kept if type(e) is Impression]
         batch, problems = self._encoder(shown) if shown else self._nothing
+        if self.drift is not None:
+            self.drift.show(batch)
         scores = (self._learn_at_once if kinds == {Labeled} else self._advance)(kept, shown, batch)
         if len(kept) < len(events) or problems:
             places = _places(checked, kept)
@@ -652,6 +654,8 @@ class OnlineTrainer:
             gone["dead_letters"] += purge_letters(name, self.dead_letters)
         if self.gate is not None:
             self.gate.forget()
+        if self.drift is not None:
+            self.drift.forget()
         self._saver.forget()
         if self.store is not None:
             self.checkpoint(position)
