@@ -82,13 +82,12 @@ def main(streams: int) -> None:
     print(f"{streams:,} streams of {LABELS:,} labels, looked at every {PIECE}; worse={gate.worse}, 95 % confidence\n")
     print(f"equal models: {share['turned down']:.1%} turned down as worse, {share['promoted']:.1%} promoted")
     print(f"equal models, watched: {taken_back / streams:.1%} taken back")
-    few = max(streams // 10, 20)
     for name, worse, flipped in (("1 % worse in NE", shift_of(0.01), False), ("a poisoned hour's", 0.0, True)):
-        found = [trial(gate, seed, worse, flipped) for seed in range(few)]
+        found = [trial(gate, seed, worse, flipped) for seed in range(streams)]
         after = sorted(labels for ended, labels in found if ended == "turned down")
         promoted = sum(ended == "promoted" for ended, _ in found)
         when = f"median after {after[len(after) // 2]:,} labels, the last after {after[-1]:,}" if after else ""
-        print(f"{name}: {len(after)} of {few} turned down, {promoted} promoted; {when}")
+        print(f"{name}: {len(after):,} of {streams:,} turned down, {promoted} promoted; {when}")
     print(f"\n{time.process_time() - begun:.0f} CPU seconds")
 
 

@@ -187,6 +187,8 @@ def test_a_learner_whose_way_back_is_gone_goes_on(tmp_path: Path, poisoned: list
     one.run(sr.Memory(poisoned), limit=HOUR.stop)
     store = one.store
     assert store is not None
+    one._saver.forget()  # the next one is whole, so that those before it can go
+    one.checkpoint(_from(poisoned, HOUR.stop).position())
     store.checkpoints.only_newest()
     one.run(_from(poisoned, HOUR.stop), limit=1_000)
     assert any("it goes on as it is, for no checkpoint of that is left" in why for why in reasons(store))

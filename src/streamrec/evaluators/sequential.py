@@ -20,27 +20,50 @@ from streamrec.evaluators._accumulate import CLIP, Column, natural_log, usable
 
 __all__ = ["LossDifference", "radius"]
 
-# Of the stitched boundary: each epoch of variance is twice the one before, and their errors sum to one by ζ(1.4).
-_ETA, _POWER, _ZETA = 2.0, 1.4, 3.1055472779775815
-_SHARP = 25.0  # in squares of the span: where the boundary begins to be sharp; less variance counts as so much
-_K1 = (_ETA**0.25 + _ETA**-0.25) / math.sqrt(2.0)
-_K2 = (math.sqrt(_ETA) + 1.0) / 2.0
+# The rates that are mixed, in units of 1 / bound, and the logarithms of their weights: of a half-normal density of
+# precision _RHO, which makes the intervals shortest when Σ difference² is some hundreds to thousands of bound².
+_RHO = 100.0
+_RATES = 0.9 * 2.0 ** (-0.5 * np.arange(34))
+_WEIGHTS = np.log(_RATES) - _RHO * _RATES**2 / 2.0
+_WEIGHTS -= np.log(np.exp(_WEIGHTS).sum())
+_COSTS = -np.log1p(-_RATES) - _RATES
 
 
-def radius(variance: float, span: float, alpha: float) -> float:
+def radius(squares: float, bound: float, alpha: float) -> float:
     """How far a sum of bounded differences may ever be above the sum of their means, but with probability `alpha`.
 
-    Howard, Ramdas, McAuliffe and Sekhon 2021, eq. 10 (the polynomial stitched boundary for sub-gamma processes, η = 2,
-    s = 1.4), with their theorem 4: `variance` is Σ (difference - what was predicted of it before)², `span` the width of
-    the range the differences lie in. It needs no independence and no equal means.
+    `squares` is Σ difference², where each lies within ±`bound`. For a rate λ in (0, 1), exp(λ S - (-log(1 - λ) - λ) Q)
+    is a supermartingale that begins at 1, where S sums what the differences are above their means, and Q their squares,
+    in units of `bound` (Fan, Grama and Liu 2015, lemma 4.1; Howard, Ramdas, McAuliffe and Sekhon 2021, theorem 4). So
+    is a mixture over rates, and by Ville's inequality it ever reaches 1 / `alpha` with probability `alpha` at most. It
+    needs no independence and no equal means.
 
-    >>> round(radius(variance=100.0, span=2.0, alpha=0.025), 1)
-    45.2
+    >>> round(radius(squares=100.0, bound=1.0, alpha=0.025), 1)
+    38.4
     """
-    begin = _SHARP * span * span
-    v = max(variance, begin)
-    log = _POWER * math.log(math.log(_ETA * v / begin) / math.log(_ETA)) + math.log(_ZETA / alpha)
-    return math.sqrt(_K1**2 * v * log + (_K2 * span * log) ** 2) + _K2 * span * log
+    return float(_solved(squares / (bound * bound), math.log(1.0 / alpha))) * bound
+
+
+@compiled()
+def _solved(squares: float, log: float) -> float:
+    """The sum at which the mixture has the logarithm `log`. Newton from above, for it is convex in the sum."""
+    found = np.inf
+    for k in range(len(_RATES)):  # where one rate alone has it
+        found = min(found, (log - _WEIGHTS[k] + _COSTS[k] * squares) / _RATES[k])
+    for _ in range(50):
+        top = -np.inf
+        for k in range(len(_RATES)):
+            top = max(top, _WEIGHTS[k] + _RATES[k] * found - _COSTS[k] * squares)
+        total = slope = 0.0
+        for k in range(len(_RATES)):
+            part = math.exp(_WEIGHTS[k] + _RATES[k] * found - _COSTS[k] * squares - top)
+            total += part
+            slope += _RATES[k] * part
+        step = (top + math.log(total) - log) * total / slope
+        found -= step
+        if step <= 1e-9 * found:
+            break
+    return found
 
 
 class LossDifference:
@@ -48,7 +71,8 @@ class LossDifference:
 
     Each event's difference is cut to ±`bound` nats, so that no single event decides. A small bound cuts more from
     clicks than from the rest, and the mean is another one then: see docs/judging.md. `interval` is of the mean, over
-    the events so far, of what the cut difference could be expected to be at each; it need not be the same at all.
+    the events so far, of what the cut difference could be expected to be at each; it need not be the same at all. Each
+    of its ends is wrong with probability (1 - `confidence`) / 2 at most.
 
     >>> difference = LossDifference()
     >>> labels = np.tile(np.float32([0, 1, 0]), 2000)
@@ -64,7 +88,7 @@ class LossDifference:
             raise ConfigError(f"confidence must be a probability in (0, 1), got {confidence!r}")
         self.bound = bound
         self.confidence = confidence
-        self._sums = np.zeros(4)  # count, sum, Σ (difference - the mean before)², skipped
+        self._sums = np.zeros(4)  # count, sum, Σ difference², skipped
 
     @property
     def count(self) -> int:
@@ -93,10 +117,10 @@ class LossDifference:
 
     def interval(self) -> tuple[float, float]:
         """Between what the mean is, in nats, with the `confidence` at all times together. (-bound, bound) at first."""
-        count, total, variance, _ = self._sums.tolist()
+        count, total, squares, _ = self._sums.tolist()
         if not count:
             return -self.bound, self.bound
-        reach = radius(variance, 2 * self.bound, (1 - self.confidence) / 2) / count
+        reach = radius(squares, self.bound, (1 - self.confidence) / 2) / count
         return max(total / count - reach, -self.bound), min(total / count + reach, self.bound)
 
     def fresh(self) -> Self:
@@ -130,7 +154,6 @@ def _compare(labels: Any, first: Any, second: Any, bound: float, sums: Any) -> N
                 loss -= (1.0 - label) * natural_log(1.0 - p)
             difference += loss if side == 0 else -loss
         difference = min(max(difference, -bound), bound)
-        before = sums[1] / sums[0] if sums[0] > 0.0 else 0.0
         sums[0] += 1.0
         sums[1] += difference
-        sums[2] += (difference - before) ** 2
+        sums[2] += difference**2

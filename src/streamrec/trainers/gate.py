@@ -64,7 +64,7 @@ class Gate:
     def __init__(
         self,
         *,
-        worse: float = 0.01,
+        worse: float = 0.0075,
         confidence: float = 0.95,
         patience: int = 500_000,
         watch: int = 50_000,
