@@ -7,6 +7,7 @@ their own impression make a cycle. Times are POSIX seconds in UTC, float64: even
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, Union
 
 import msgspec
@@ -25,6 +26,7 @@ __all__ = [
     "decode_lines",
     "encode_event",
     "encode_lines",
+    "lines_of",
     "piece_of",
     "place_of",
 ]
@@ -113,15 +115,45 @@ def piece_of(items: Sequence[Item], begin: int, end: int) -> Sequence[Item]:
     if not isinstance(items, Placed):
         return items[begin:end]
     place = items.place
-    return type(items)(items[begin:end], None if place is None else lambda index: place(begin + index))
+    there = None if place is None else lambda index: place(begin + index)
+    if isinstance(items, Decoded):
+        return type(items)(items[begin:end], there, None if items.lines is None else items.lines[begin:end])
+    return type(items)(items[begin:end], there)
 
 
 class Decoded(Placed):
     """Events of the default JSON form as msgspec has read them, no dead letter among them.
 
     So every field is of the very type declared, strings are valid Unicode, and numbers finite: `Validate` need not look
-    again.
+    again. `lines`: what each was read from, where that was JSON: an archive stores what was read, instead of making
+    JSON of it again.
     """
+
+    def __init__(
+        self,
+        items: Iterable[Item] = (),
+        place: Callable[[int], Position] | None = None,
+        lines: Sequence[bytes] | None = None,
+    ) -> None:
+        super().__init__(items, place)
+        self.lines = lines
+
+
+def lines_of(items: Sequence[Item], kept: Sequence[Item]) -> Sequence[bytes] | None:
+    """What each of `kept` was read from, which are some of these, in their order; None where that is not known, or one
+    is not the very object that was read.
+
+    >>> shown = [Impression(id=f"i{n}", time=0.0, user="u1", item="p9") for n in range(3)]
+    >>> lines = [encode_event(one) for one in shown]
+    >>> lines_of(Decoded(shown, lines=lines), shown[1:]) == lines[1:]
+    True
+    """
+    lines = getattr(items, "lines", None)
+    if lines is None or (len(kept) == len(items) and all(map(is_, kept, items))):
+        return lines
+    left = zip(items, lines, strict=True)
+    found = [next((line for one, line in left if one is event), None) for event in kept]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 _decoder = msgspec.json.Decoder(Event)

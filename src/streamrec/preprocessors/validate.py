@@ -57,7 +57,7 @@ class Validate:
     def push(self, events: Sequence[Item]) -> list[Item]:
         """As many items as there are events, in order: the event, or a dead letter that says why not."""
         if type(events) is Decoded and self._all_usable(events):
-            return Decoded(events)
+            return Decoded(events, lines=events.lines)
         max_id = self.max_id
         checked: list[Item] = []
         event: Any
@@ -148,7 +148,7 @@ class Validate:
     def _all_usable(self, events: Decoded) -> bool:
         """Whether events straight from msgspec can all be used, told from whole columns; they are accepted if so.
 
-        False too where that takes a closer look: labeled examples, scores, and a time that may be far ahead.
+        False too where that takes a closer look: labeled examples, and a time that may be far ahead.
         """
         shown = [event for event in events if type(event) is Impression]
         told = [event for event in events if type(event) is Feedback]
@@ -163,6 +163,8 @@ class Validate:
         others += {event.kind for event in told}
         times = [event.time for event in shown]
         times += [event.time for event in told]
+        scores = [event.score for event in shown]
+        served = [] if scores.count(None) == len(scores) else [one for one in scores if one is not None]
         latest = max(times)
         if (
             not all(names)
@@ -170,7 +172,7 @@ class Validate:
             or max(map(len, others)) > max_id
             or not 0.0 <= min(times) <= latest < _YEAR_10000
             or latest - (min(times) if newest is None else newest) > self.max_ahead
-            or [event.score for event in shown].count(None) < len(shown)
+            or (served and not 0.0 <= min(served) <= max(served) <= 1.0)
         ):
             return False
         if newest is None or latest > newest:

@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from streamrec.errors import SourceError
-from streamrec.events import Decoded, Item, Position
-from streamrec.sources._lines import Form, Lines
+from streamrec.events import Item, Position
+from streamrec.sources._lines import Form, Lines, Taken
 from streamrec.sources._readers import opened, size
 
 __all__ = ["Files", "place"]
@@ -62,13 +62,12 @@ class Files:
 
     def read(self, limit: int) -> list[Item]:
         index, offset = self._index, self._at()
-        items: list[Item] = []
-        sound = True  # all in the default form
+        items = Taken()
         try:
             while len(items) < limit and not self._ended:
                 if self._lines is None:
                     self._lines = self._open(self._index, self._offset)
-                sound &= self._lines.take(items, limit)
+                self._lines.take(items, limit)
                 if len(items) < limit:
                     self.close()
                     # remembered, so that reading on at the end does not decompress the last file again
@@ -79,7 +78,7 @@ class Files:
             self.close()
             self._index, self._offset, self._ended = index, offset, False
             raise
-        return Decoded(items) if sound else items
+        return items.given()
 
     def position(self) -> Position:
         return {"path": self._paths[self._index], "offset": self._at()}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from streamrec.errors import SourceError
-from streamrec.events import DeadLetter, Decoded, Item, Position
-from streamrec.sources._lines import Form, Lines, letter
+from streamrec.events import DeadLetter, Item, Position
+from streamrec.sources._lines import Form, Lines, Taken, letter
 from streamrec.sources._readers import Gzip, Reader, unreadable
 from streamrec.sources._rotated import (
     FIRST,
@@ -93,19 +93,18 @@ class Followed:
 
     def read(self, limit: int) -> list[Item]:
         before = self._here(), list(self._before)
-        items: list[Item] = []
-        sound = True
+        items = Taken()
         try:
             while not items and self._waiting.for_read(self._look):  # not so where all lines are blank
                 with self._reading:
-                    sound &= self._take(items, limit)
+                    self._take(items, limit)
         except BaseException:  # nothing of this call is handed out, so nothing of it counts as read
             self._drop()
             self._place, self._before = before
             raise
         if self._waiting.closed:
             self._drop()
-        return Decoded(items) if sound else items
+        return items.given()
 
     def position(self) -> Position:
         with self._reading:
@@ -135,23 +134,21 @@ class Followed:
 
     # -- where the next line is ----------------------------------------------------------------------------------------
 
-    def _take(self, items: list[Item], limit: int) -> bool:
-        """Add items until there are `limit`, or no more for now; whether all are in the default form."""
-        sound = True
+    def _take(self, items: Taken, limit: int) -> None:
+        """Add items until there are `limit`, or no more for now."""
         while len(items) < limit and self._ready():
             if self._late is not None:
                 items.append(self._late)
-                self._late, sound = None, False
+                self._late, items.sound = None, False
             elif self._gap is not None:
                 items.append(self._gap)
-                self._gap, sound = None, False
+                self._gap, items.sound = None, False
                 self._pass(self._place.mark)
             elif self._lines is not None:
                 try:
-                    sound &= self._lines.take(items, limit, whole=self._next is not None)
+                    self._lines.take(items, limit, whole=self._next is not None)
                 except Replaced:
                     self._drop()
-        return sound
 
     def _look(self) -> bool:
         with self._reading:

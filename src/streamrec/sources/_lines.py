@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from streamrec.events import (
     DeadLetter,
+    Decoded,
     Event,
     Feedback,
     Impression,
@@ -18,14 +19,32 @@ from streamrec.events import (
 )
 from streamrec.sources._readers import DamagedGzip, Reader, unreadable
 
-__all__ = ["Form", "Json", "Lines", "letter", "read_one"]
+__all__ = ["Form", "Json", "Lines", "Taken", "letter", "read_one"]
 
 _EVENTS = (Impression, Feedback, Labeled)
 _MAX_REASON = 500
 
 
+class Taken(list[Item]):
+    """Items on their way out of a source. `sound`: all are as `Decoded` has them. `lines`: those that were events in
+    JSON."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sound = True
+        self.lines: list[bytes] = []
+
+    def given(self) -> list[Item]:
+        """What the source gives."""
+        if not self.sound:
+            return list(self)
+        return Decoded(self, lines=self.lines if len(self.lines) == len(self) else None)
+
+
 class Form(Protocol):
-    """How a line becomes an event."""
+    """How a line becomes an event. `json`: it is one in the default JSON form, where `many` gives events."""
+
+    json: bool
 
     def join(self, lines: list[bytes]) -> tuple[list[bytes], list[bytes]]:
         """What stands on lines, where that may be several; and the lines of what is not at its end yet."""
@@ -42,6 +61,8 @@ class Form(Protocol):
 
 class Json:
     """A line is what `decode` reads."""
+
+    json = True
 
     def __init__(self, decode: Callable[[bytes], Event]) -> None:
         self.one = decode
@@ -89,19 +110,17 @@ class Lines:
         """The next line, as it stands and not passed over; None where there is none."""
         return self._lines[self._next] if (self._held() or self._fill(whole=True)) and self._lines else None
 
-    def take(self, items: list[Item], limit: int, *, whole: bool = True) -> bool:
-        """Add items until there are `limit` of them or the file ends; returns whether all are in the default form.
+    def take(self, items: Taken, limit: int, *, whole: bool = True) -> None:
+        """Add items until there are `limit` of them or the file ends.
 
         `whole`: the file's end is the end of its last line, with or without a newline. A reader that raises leaves
         `offset` behind what was added, and the lines behind it to be read again.
         """
-        sound = True
         while len(items) < limit and (self._held() or self._fill(whole=whole)):
-            sound &= self._decode(items, limit)
+            self._decode(items, limit)
             if self._damage is not None and self._next == len(self._lines):
                 items.append(self._damaged())
-                sound = False
-        return sound
+                items.sound = False
 
     def _fill(self, *, whole: bool) -> bool:
         """Read on to the end of at least one line, or to damage; False at the end of the file."""
@@ -137,23 +156,25 @@ class Lines:
                 return True
             parts, self._tail = [self._tail], b""
 
-    def _decode(self, items: list[Item], limit: int) -> bool:
-        """Decode lines that were read ahead until there are `limit` items; whether all are in the default form."""
+    def _decode(self, items: Taken, limit: int) -> None:
+        """Decode lines that were read ahead until there are `limit` items."""
         offset, start = self.offset, self._next
         # One slice holds as many lines as are wanted; where some are blank, `take` comes back for more.
         lines = self._lines[start : start + limit - len(items)]
         events = self._form.many(lines)
         if events is not None:
             items += events
+            if self._form.json:
+                items.lines += lines
             offset += sum(map(len, lines)) + len(lines)
         else:
+            items.sound = False
             offset = self._decode_each(items, lines, offset)
         self._next = start + len(lines)
         if self._unfinished and self._next == len(self._lines):
             offset -= 1
             self._unfinished = False
         self.offset = offset
-        return events is not None
 
     def _decode_each(self, items: list[Item], lines: list[bytes], offset: int) -> int:
         """Decode lines one by one, the first of which stands at `offset`; return where the next one stands."""

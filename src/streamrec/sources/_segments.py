@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamrec.errors import SourceError
-from streamrec.events import DeadLetter, Decoded, Event, Item, Position, decode_event, encode_lines
-from streamrec.sources._lines import Json, Lines, letter
+from streamrec.events import DeadLetter, Event, Item, Position, decode_event, encode_lines
+from streamrec.sources._lines import Json, Lines, Taken, letter
 from streamrec.sources._readers import unreadable
 
 __all__ = ["Segments"]
@@ -155,15 +155,14 @@ class Segments:
 
     def read(self, limit: int) -> list[Item]:
         """The next events, at most `limit` of those that were accepted."""
-        items: list[Item] = []
-        sound = True
+        items = Taken()
         while len(items) < limit and self._open():
             assert self._lines is not None
-            sound &= self._lines.take(items, limit, whole=False)
+            self._lines.take(items, limit, whole=False)
             if len(items) < limit and not self._further():
                 break
         self.index += len(items)
-        return Decoded(items) if sound else items
+        return items.given()
 
     def _open(self) -> bool:
         if self._lines is None:

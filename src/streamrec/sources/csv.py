@@ -117,6 +117,8 @@ class Csv(Closing):
 class _Rows:
     """How records become events."""
 
+    json = False
+
     def __init__(
         self,
         delimiter: str,

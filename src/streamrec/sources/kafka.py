@@ -153,19 +153,19 @@ class Kafka:
         chunks = self._take(link, limit)
         items: list[Item] = []
         starts: list[int] = []  # of the chunks, among the items
-        sound = True  # all in the default form
+        lines: list[bytes] = []  # of those in the default form
         for chunk in chunks:
             starts.append(len(items))
             if chunk.lost is not None:
                 items.append(chunk.lost)
-                sound = False
             else:
-                sound &= self._read(items, chunk)
+                self._read(items, lines, chunk)
         reached = dict(self._next or {})
         for chunk in chunks:
             reached[chunk.partition] = chunk.next
         self._next = reached
-        return (Decoded if sound else Placed)(items, partial(_place, chunks, starts))
+        place = partial(_place, chunks, starts)
+        return Decoded(items, place, lines) if len(lines) == len(items) else Placed(items, place)
 
     def _take(self, link: Link, limit: int) -> list[Chunk]:
         if not self._plan.follow:
@@ -242,16 +242,17 @@ class Kafka:
             self._link, self._next = link, begun
         return self._link
 
-    def _read(self, items: list[Item], chunk: Chunk) -> bool:
-        """Add its events; true where all are of the default form."""
+    def _read(self, items: list[Item], lines: list[bytes], chunk: Chunk) -> None:
+        """Add its events, and what they were read from, where all are of the default form."""
         if self._decode is decode_event:
             # all good, as nearly all are; where not, the careful way finds which one, and why
             with suppress(ValueError, RecursionError, TypeError):
-                items += [decode_event(record.value) for record in chunk.records]
-                return True
+                values = [record.value for record in chunk.records]
+                items += [*map(decode_event, values)]
+                lines += values
+                return
         for record in chunk.records:
             items.append(decode_message(record.value, chunk.partition, record.offset, self._decode))
-        return False
 
 
 def _place(chunks: Sequence[Chunk], starts: Sequence[int], index: int) -> Position:

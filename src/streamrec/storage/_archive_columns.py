@@ -2,7 +2,7 @@
 
 Events are taken apart when they come, while they are in the processor's cache, and not kept: a thousand kept events
 make the stream decode the next into fresh memory. What is left is bytes, from which a thread makes Arrow columns
-without Python's lock.
+without Python's lock. Where the lines are known that events were read from, those are the bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import compress
+from itertools import compress, groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import msgspec
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Event, Feedback, Impression
+from streamrec.storage._archive_lines import COLUMNS, text_columns
 
-__all__ = ["DATASETS", "DeadRows", "EventRows", "LabelRows", "Rows", "arrow", "of_dataset"]
+__all__ = ["DATASETS", "PLAIN", "DeadRows", "EventRows", "LabelRows", "Rows", "arrow", "of_dataset"]
 
+PLAIN = {Impression, Feedback}
 _DEEPEST = 32  # features nested deeper are cut off there
+_BLOCK = 1 << 20  # bytes of lines from which columns are made at once
 
 
 def arrow() -> Any:
@@ -100,22 +104,25 @@ class Strings:
         if there is not None:
             given = iter(values)
             values = [next(given) if one else None for one in there.tolist()]
-        return arrow().array(values, arrow().string())
+        return arrow().array(values, arrow().large_string())
 
 
 def _between(data: bytes, mark: int, there: NDArray[np.bool_] | None) -> Any:
     """An Arrow column of the strings that each end at a byte `mark`, which stands nowhere else."""
-    pa = arrow()
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == mark)
     ends -= np.arange(len(ends))  # without the marks
-    held = pa.py_buffer(data.translate(None, bytes([mark])))
-    if there is None:
-        offsets = np.concatenate([[0], ends])
-        return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), held)
-    # a row without a string ends where the one before it did
-    offsets = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(there)])]
-    valid = pa.py_buffer(np.packbits(there, bitorder="little"))
-    return pa.LargeStringArray.from_buffers(len(there), pa.py_buffer(offsets), held, valid)
+    starts = np.concatenate([[0], ends])
+    if there is not None:  # a row without a string ends where the one before it did
+        starts = starts[np.concatenate([[0], np.cumsum(there)])]
+    return _strings(data.translate(None, bytes([mark])), starts, there)
+
+
+def _strings(data: Any, starts: NDArray[np.int64], there: NDArray[np.bool_] | None) -> Any:
+    """An Arrow column of strings, the bytes of which are one behind the other, and end at the last of `starts`; with
+    `there`, only these of its rows are strings."""
+    pa = arrow()
+    valid = None if there is None else pa.py_buffer(np.packbits(there, bitorder="little"))
+    return pa.LargeStringArray.from_buffers(len(starts) - 1, pa.py_buffer(starts), pa.py_buffer(data), valid)
 
 
 class Words:
@@ -123,22 +130,27 @@ class Words:
 
     def __init__(self) -> None:
         self._codes: dict[str, int] = {}
-        self._parts: list[NDArray[np.int32]] = []
+        self._parts: list[tuple[int, int] | NDArray[np.int32]] = []  # a word's number and how often, or those of some
 
     def add(self, words: list[str]) -> None:
         """Take these, behind those before."""
+        if words.count(words[0]) == len(words):
+            self.add_one(words[0], len(words))
+            return
         codes = self._codes
         for word in {*words} - codes.keys():
             codes[word] = len(codes)
-        if words.count(words[0]) == len(words):
-            self._parts.append(np.full(len(words), codes[words[0]], dtype=np.int32))
-        else:
-            self._parts.append(np.array([codes[word] for word in words], dtype=np.int32))
+        self._parts.append(np.array([codes[word] for word in words], dtype=np.int32))
+
+    def add_one(self, word: str, times: int) -> None:
+        """Take this one so many times."""
+        self._parts.append((self._codes.setdefault(word, len(self._codes)), times))
 
     def column(self, there: NDArray[np.bool_] | None = None) -> Any:
         """An Arrow column; with `there`, only these of its rows are strings."""
         pa = arrow()
-        codes = np.concatenate([np.empty(0, dtype=np.int32), *self._parts])
+        parts = [np.full(one[1], one[0], np.int32) if isinstance(one, tuple) else one for one in self._parts]
+        codes = np.concatenate([np.empty(0, dtype=np.int32), *parts])
         if there is not None:
             codes = _spread(codes, there, 0)
         mask = None if there is None else ~there
@@ -150,24 +162,89 @@ class Reals:
     """A column of numbers, many of which there are not."""
 
     def __init__(self) -> None:
-        self._parts: list[NDArray[np.float64]] = []
+        self._parts: list[int | NDArray[np.float64]] = []  # how many that are not there, or some
 
     def add(self, numbers: list[float | None]) -> None:
         """Take these, behind those before."""
         if numbers.count(None) == len(numbers):  # numpy makes nan of None, but takes its time for it
-            self._parts.append(np.full(len(numbers), np.nan))
+            self._parts.append(len(numbers))
         else:
             self._parts.append(np.array(numbers, dtype=np.float64))
 
     def column(self, there: NDArray[np.bool_]) -> Any:
         """An Arrow column of which only these rows are numbers, and not all of them: nan is none."""
-        return arrow().array(_spread(np.concatenate([np.empty(0), *self._parts]), there, np.nan), from_pandas=True)
+        parts = [np.full(one, np.nan) if isinstance(one, int) else one for one in self._parts]
+        return arrow().array(_spread(np.concatenate([np.empty(0), *parts]), there, np.nan), from_pandas=True)
 
 
 def _spread(values: NDArray[Any], there: NDArray[np.bool_], otherwise: Any) -> NDArray[Any]:
     spread = np.full(len(there), otherwise, dtype=values.dtype)
     spread[there] = values
     return spread
+
+
+class Told:
+    """What is text in events that were taken apart."""
+
+    def __init__(self) -> None:
+        self._ids, self._users, self._items, self._impressions = Strings(), Strings(), Strings(), Strings()
+        self._features: list[bytes] = []
+        self.count = 0
+
+    def add(self, events: Sequence[Any], shown: Sequence[Any], told: Sequence[Any]) -> int:
+        """Take these events, of which some are `shown` impressions and the others `told` feedback, behind those before;
+        return how many bytes, about."""
+        self.count += len(events)
+        self._ids.add([event.id for event in events])
+        features = b""
+        if shown:
+            self._users.add([event.user for event in shown])
+            self._items.add([event.item for event in shown])
+            features = _json_lines([event.features for event in shown])
+            self._features.append(features)
+        self._impressions.add([event.impression_id for event in told])
+        return len(features)
+
+    def columns(self, shown: NDArray[np.bool_]) -> dict[str, list[Any]]:
+        """Of each column, Arrow arrays."""
+        return {
+            "id": [self._ids.column()],
+            "user": [self._users.column(shown)],
+            "item": [self._items.column(shown)],
+            "features": [_between(b"".join(self._features), ord("\n"), shown)],
+            "impression_id": [self._impressions.column(~shown)],
+        }
+
+
+class Read:
+    """The same in the lines that events were read from."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[bytes, NDArray[np.int64]]] = []  # lines one behind the other, and their lengths
+        self.count = 0
+
+    def add(self, lines: Sequence[bytes]) -> int:
+        """Take these, behind those before; return how many bytes."""
+        self.count += len(lines)
+        whole = b"".join(lines)
+        self._parts.append((whole, np.fromiter(map(len, lines), dtype=np.int64, count=len(lines))))
+        return len(whole)
+
+    def columns(self, shown: NDArray[np.bool_]) -> dict[str, list[Any]]:
+        """Of each column, Arrow arrays."""
+        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        ends = np.cumsum([len(whole) for whole, _ in self._parts]) // _BLOCK
+        row = 0
+        for _, block in groupby(zip(ends.tolist(), self._parts, strict=True), key=itemgetter(0)):
+            wholes, lengths = zip(*(part for _, part in block), strict=True)
+            each = np.concatenate(lengths)
+            some = shown[row : row + len(each)]
+            row += len(each)
+            columns = text_columns(wholes, each, some, _json_lines)
+            for name, (data, starts) in zip(COLUMNS, columns, strict=True):
+                there = None if name == "id" else ~some if name == "impression_id" else some
+                found[name].append(_strings(data, starts, there))
+        return found
 
 
 class EventRows:
@@ -180,37 +257,37 @@ class EventRows:
         self._first = first
         self._shown = bytearray()  # of each, whether it is an impression
         self._times: list[NDArray[np.float64]] = []
-        self._ids, self._users, self._items, self._impressions = Strings(), Strings(), Strings(), Strings()
+        self._texts: list[Told | Read] = []  # of rows, those of the one behind those of the other
         self._kinds = Words()
-        self._features: list[bytes] = []
         self._scores, self._values = Reals(), Reals()
 
     def __len__(self) -> int:
         return len(self._shown)
 
-    def add(self, events: Sequence[Impression | Feedback]) -> None:
-        """Take these, in order."""
-        types = [*map(type, events)]
-        if types.count(Impression) + types.count(Feedback) < len(types):  # kinds of them have anything else beside
+    def add(self, events: Sequence[Impression | Feedback], lines: Sequence[bytes] | None = None) -> None:
+        """Take these, in order. `lines`: what each was read from, in the default JSON form."""
+        types = {*map(type, events)}
+        if not types <= PLAIN:  # kinds of them have anything else beside
             events = [_plain_event(event) for event in events]
-            types = [*map(type, events)]
-        is_shown = [kind is Impression for kind in types]
+        is_shown = [type(event) is Impression for event in events]
         self._shown += bytes(is_shown)
         self._times.append(np.array([event.time for event in events], dtype=np.float64))
-        self._ids.add([event.id for event in events])
         shown: Any = [*compress(events, is_shown)]
+        told: Any = [] if len(shown) == len(events) else [event for event in events if type(event) is Feedback]
         if shown:
-            self._users.add([event.user for event in shown])
-            self._items.add([event.item for event in shown])
             self._scores.add([event.score for event in shown])
-            features = _json_lines([event.features for event in shown])
-            self._features.append(features)
-            self.size += len(features)
-        if len(shown) < len(types):
-            told: Any = [event for event in events if type(event) is Feedback]
-            self._impressions.add([event.impression_id for event in told])
+        if told:
             self._kinds.add([event.kind for event in told])
             self._values.add([event.value for event in told])
+        if lines is None:
+            self.size += self._behind(Told).add(events, shown, told)
+        else:
+            self.size += self._behind(Read).add(lines)
+
+    def _behind(self, kind: type[Any]) -> Any:
+        if not self._texts or type(self._texts[-1]) is not kind:
+            self._texts.append(kind())
+        return self._texts[-1]
 
     def hours(self) -> NDArray[np.int64]:
         return _hours(self._times)
@@ -220,15 +297,22 @@ class EventRows:
         shown = np.frombuffer(self._shown, dtype=np.bool_)
         told = ~shown
         types = pa.DictionaryArray.from_arrays(told.astype(np.int32), ["impression", "feedback"])
+        texts: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        row = 0
+        for part in self._texts:
+            for name, arrays in part.columns(shown[row : row + part.count]).items():
+                texts[name] += arrays
+            row += part.count
+        id, user, item, features, impression_id = (pa.chunked_array(texts[name]) for name in COLUMNS)
         columns = {
             "type": types,
-            "id": self._ids.column(),
+            "id": id,
             "time": np.concatenate(self._times),
-            "user": self._users.column(shown),
-            "item": self._items.column(shown),
-            "features": _between(b"".join(self._features), ord("\n"), shown),
+            "user": user,
+            "item": item,
+            "features": features,
             "score": self._scores.column(shown),
-            "impression_id": self._impressions.column(told),
+            "impression_id": impression_id,
             "kind": self._kinds.column(told),
             "value": self._values.column(told),
             "number": np.arange(self._first, self._first + len(self)),
@@ -256,16 +340,19 @@ class LabelRows:
         self,
         ids: list[str | None],
         times: NDArray[np.float64],
-        kinds: list[str],
+        kinds: list[str] | str,
         labels: NDArray[np.float32],
         weights: NDArray[np.float32],
         scores: NDArray[Any],
         corrects: NDArray[np.bool_],
     ) -> None:
-        """Take these, in order; None for an impression that is not known, nan for no score."""
+        """Take these, in order; None for an impression that is not known, nan for no score. `kinds`: or that of all."""
         self._count += len(ids)
         self._ids.add(ids)
-        self._kinds.add(kinds)
+        if isinstance(kinds, str):
+            self._kinds.add_one(kinds, len(ids))
+        else:
+            self._kinds.add(kinds)
         self._times.append(times)
         self._numbers.append((labels, weights, scores, corrects))
 

@@ -21,9 +21,9 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError, StoreError
-from streamrec.events import DeadLetter, Event, Feedback, Impression, Labeled, decode_event
+from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
 from streamrec.protocols import State
-from streamrec.storage._archive_columns import DATASETS, arrow, of_dataset
+from streamrec.storage._archive_columns import DATASETS, PLAIN, arrow, of_dataset
 from streamrec.storage._archive_files import File, Manifest, Unwritten, covers, folder_of, of_others
 from streamrec.storage._archive_rows import ArchivedRows
 from streamrec.storage._folders import folder
@@ -34,7 +34,6 @@ FORMAT = 1
 _FOLDER, _MANIFEST = "manifest", "archive.json"
 _REPEATING = {"type", "user", "item", "kind"}
 _ORDERED = {"time", "number"}
-_PLAIN = {Impression, Feedback}
 _AT_ONCE = 4  # files that are written
 _MOST_BYTES = 1 << 29  # of text held between checkpoints
 
@@ -86,13 +85,16 @@ class Archive:
 
     # -- what a trainer calls ------------------------------------------------------------------------------------------
 
-    def add(self, events: Sequence[Event]) -> None:
-        """Take accepted events, in order. A labeled example is archived as its impression, and its label."""
+    def add(self, events: Sequence[Event], lines: Sequence[bytes] | None = None) -> None:
+        """Take accepted events, in order. A labeled example is archived as its impression, and its label.
+
+        `lines`: what each was read from, in the default JSON form, where a source has told it: that is cheaper.
+        """
         if not events:
             return
         plain: Any = events
-        if not _PLAIN.issuperset(map(type, events)) and (labeled := [e for e in events if isinstance(e, Labeled)]):
-            plain = [event.impression if isinstance(event, Labeled) else event for event in events]
+        if not PLAIN.issuperset(map(type, events)) and (labeled := [e for e in events if isinstance(e, Labeled)]):
+            plain, lines = [event.impression if isinstance(event, Labeled) else event for event in events], None
             shown = [event.impression for event in labeled]
             self._rows["labels"].add(
                 [one.id for one in shown],
@@ -103,7 +105,7 @@ class Archive:
                 np.array([one.score for one in shown], dtype=np.float32),  # None is nan
                 np.zeros(len(labeled), dtype=np.bool_),
             )
-        self._rows["events"].add(plain)
+        self._rows["events"].add(plain, lines)
         self._spill()
 
     def hold(self, slots: NDArray[np.int64], shown: Sequence[Impression]) -> None:
@@ -120,11 +122,10 @@ class Archive:
         given = closed[(closed["kind"] >= 0) & (closed["what"] != 1)]
         if len(given):
             slots = given["payload"]
-            one = len(kinds) == 1
             self._rows["labels"].add(
                 self._names[slots].tolist(),
                 given["time"].copy(),
-                [*kinds] * len(given) if one else [kinds[code] for code in given["kind"].tolist()],
+                kinds[0] if len(kinds) == 1 else [kinds[code] for code in given["kind"].tolist()],
                 given["label"].copy(),
                 given["weight"].copy(),
                 served[slots],

@@ -19,7 +19,18 @@ from streamrec.batch import Batch
 from streamrec.errors import ConfigError, DamagedError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.evaluators.calibration import Calibrated, Calibrator, calibrator_from
-from streamrec.events import DeadLetter, Decoded, Feedback, Impression, Item, Labeled, Position, piece_of, place_of
+from streamrec.events import (
+    DeadLetter,
+    Decoded,
+    Feedback,
+    Impression,
+    Item,
+    Labeled,
+    Position,
+    lines_of,
+    piece_of,
+    place_of,
+)
 from streamrec.hashing import uniform
 from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
@@ -240,7 +251,7 @@ class OnlineTrainer:
         for stage in self.preprocessors:
             kept = stage.push(kept)
         if self.archive is not None:
-            self.archive.add(kept)
+            self.archive.add(kept, lines_of(checked, kept))
         kinds = {*map(type, kept)}
         if not kinds <= _USUAL:
             shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
