@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,18 +115,69 @@ def test_steps_make_the_loss_less_and_versions_serve_it(encoder: sr.TextEncoder)
     read = [functional.normalize(torch.from_numpy(one), dim=1)[:3] for one in (before, after)]
     near = [one @ torch.from_numpy(wanted) for one in read]
     assert bool((near[1] < near[0] - 0.5).all())
-    assert texts.counts == {"learned": 24, "dropped": 0, "left_out": 0, "steps": 8, "versions": 1}
+    assert texts.counts == {
+        "learned": 24,
+        "dropped": 0,
+        "left_out": 0,
+        "steps": 8,
+        "halved": 0,
+        "versions": 1,
+        "restarts": 0,
+    }
     assert encoder.embed(TITLES).astype(np.float16).astype(np.float32).tobytes() == before.tobytes()  # as it was
 
 
-def test_with_the_thread_the_stream_goes_on_and_goes_over(encoder: sr.TextEncoder) -> None:
+def test_beside_the_stream_it_learns_the_same_bits_whatever_dies(encoder: sr.TextEncoder) -> None:
+    from streamrec.models.text_learner import Example
+
+    numbers = np.random.default_rng(0).normal(size=(2, 12, HIDDEN)).astype(np.float32)
+    examples = [Example(f"{TITLES[n % 4]}\ud800 {n}", numbers[0, n], numbers[1, n]) for n in range(12)]
+    here, beside = (learner(encoder, steps=2, background=background) for background in (False, True))
+    for texts in (here, beside):
+        texts.vectors(TITLES)
+    here.learn(examples)
+    beside.learn(examples[:5])
+    wait(lambda: beside.counts["steps"] == 1)
+    process = beside._worker.beside._process  # type: ignore[union-attr]
+    assert process is not None and os.getpriority(os.PRIO_PROCESS, process.pid) >= 10
+    process.kill()  # with two examples that wait
+    beside.learn(examples[5:])
+    assert here._worker.ready is not None
+    weights = here._worker.ready[0]
+    wait(lambda: beside._worker.ready is not None and torch.equal(beside._worker.ready[0], weights))
+    assert beside.counts == {**here.counts, "restarts": 1} and here.counts["learned"] == 12
+    assert first_difference(copy_state(here.state_dict()), copy_state(beside.state_dict())) is None
+    check_state_is_plain(beside.state_dict())
+    computed = here.served.counts["misses"], beside.served.counts["misses"]
+    for texts in (here, beside):
+        texts.turn()
+    assert beside.version == here.version != encoder.version
+    assert beside.vectors(TITLES).tobytes() == here.vectors(TITLES).tobytes()
+    assert beside.vectors(["a new one"]).tobytes() == here.vectors(["a new one"]).tobytes()
+    assert (here.served.counts["misses"], beside.served.counts["misses"]) == (computed[0] + 1, computed[1] + 1)
+
+    # what cannot be learned is said once, and what is served stays
+    before = beside.vectors(TITLES)
+    beside.learn([Example("red wine", np.zeros(3, np.float32), np.zeros(5, np.float32))] * 3)  # of other encoders
+    wait(lambda: beside._worker.error is not None)
+    with pytest.warns(RuntimeWarning, match="learns no more: .*in the process that learns: .*Error"):
+        beside.turn()
+    beside.turn()
+    assert beside.vectors(TITLES).tobytes() == before.tobytes()
+    process = beside._worker.beside._process  # type: ignore[union-attr]
+    beside.close()
+    beside.close()
+    assert process is not None and process.poll() is not None
+
+
+def test_with_a_process_the_stream_goes_on_and_goes_over(encoder: sr.TextEncoder) -> None:
     texts = learner(encoder, background=True, every=2, steps=4, queue=4)
     model, given = made(texts), 0
-    first = model.encoder_version
-    until = time.monotonic() + 60
+    first, until = model.encoder_version, time.monotonic() + 120
     while texts.counts["versions"] < 2 and time.monotonic() < until:
         model.learn(BATCH, LABELS)
         given += 60
+        time.sleep(0.01)
     assert model.encoder_version != first and texts.rows == given
     assert 0 < texts.counts["dropped"] < given and texts.counts["steps"] >= 8
     # what was cut goes on with the version that was served, on any machine
@@ -131,23 +187,64 @@ def test_with_the_thread_the_stream_goes_on_and_goes_over(encoder: sr.TextEncode
     assert twin.encoder_version == model.encoder_version
     assert twin.predict(BATCH).tobytes() == model.predict(BATCH).tobytes()
     texts.close()
-    texts.close()
     assert first_difference(copy_state(twin.state_dict()["learner"]), copy_state(state["learner"])) is None
 
 
-def test_what_fails_beside_the_stream_is_said_and_what_is_served_stays(encoder: sr.TextEncoder) -> None:
-    from streamrec.models.text_learner import Example
+PARENT = """
+import os, sys, time
+import numpy as np
+import streamrec as sr
+from streamrec.models.text_learner import Example
 
-    texts = learner(encoder, background=True)
-    before = texts.vectors(TITLES)
-    texts.learn([Example("red wine", np.zeros(3, np.float32), np.zeros(5, np.float32))] * 3)  # of other encoders
-    until = time.monotonic() + 60
-    while texts._worker.error is None and time.monotonic() < until:
+texts = sr.TextLearner(sr.TextCache(sr.TextEncoder(sys.argv[1]), max_bytes=1 << 20), steps=1)
+zeros = np.zeros(texts.hidden, dtype=np.float32)
+texts.learn([Example("red wine", zeros, zeros)] * texts.optimizer.batch_size)
+while not texts.counts["steps"]:
+    time.sleep(0.01)
+holder = os.fork()  # which has the pipe, too
+if holder:
+    print(holder, texts._worker.beside._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_it_ends_with_its_parent_however_that_ends(encoder: sr.TextEncoder) -> None:
+    arguments = [sys.executable, "-c", PARENT, encoder.model]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ}) as parent:
+        assert parent.stdout is not None
+        holder, process = map(int, parent.stdout.readline().split())
+        try:
+            assert alive(process)
+            parent.kill()
+            wait(lambda: not alive(process))
+        finally:
+            os.kill(holder, signal.SIGKILL)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < end
         time.sleep(0.01)
-    with pytest.warns(RuntimeWarning, match="learns no more"):
-        texts.turn()
-    texts.turn()
-    assert texts.vectors(TITLES).tobytes() == before.tobytes()
+
+
+def test_what_examples_are_made_with_is_compiled_with_the_first_row(
+    encoder: sr.TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = made(learner(encoder, every=100)), []
+    parts = model.parts
+    monkeypatch.setattr(model, "parts", lambda batch: asked.append(len(batch)) or parts(batch))
+    for _ in range(2):
+        model.learn(BATCH.take([0]), LABELS[:1])
+    assert asked == [1]
 
 
 def test_a_scorer_follows_the_versions_from_the_store_alone(encoder: sr.TextEncoder) -> None:

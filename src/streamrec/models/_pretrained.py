@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -98,22 +99,28 @@ def with_lora(module: Any, settings: LoRA, seed: int) -> None:
 
 def merged(module: Any) -> Any:
     """The module without LoRA: its products added to the matrices they stood beside. Where there are any it is a copy
-    that shares the weights which no product is added to."""
-    import copy
-
-    if not any(hasattr(part, "merge") and hasattr(part, "get_base_layer") for part in module.modules()):
+    that shares all parts but those matrices and the modules around them."""
+    if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+        adapted, base = copy.copy(module), copy.copy(module.get_base_layer())
+        base._parameters = {name: _copy_of(weight) for name, weight in base._parameters.items()}
+        adapted._modules = {**module._modules, "base_layer": base}
+        adapted.merged_adapters = []
+        adapted.merge()
+        return base
+    parts = {name: merged(part) for name, part in module.named_children()}
+    if all(parts[name] is part for name, part in module.named_children()):
         return module
-    shared = {id(weight): weight for name, weight in module.named_parameters() if ".base_layer." not in name}
-    module = copy.deepcopy(module, {key: one for key, one in shared.items() if not one.requires_grad})
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "merge") and hasattr(child, "get_base_layer"):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
-    if hasattr(module, "peft_config"):
-        del module.peft_config
-    module._hf_peft_config_loaded = False
-    return module
+    made = copy.copy(module)
+    made._modules = {**module._modules, **parts}
+    if hasattr(made, "peft_config"):
+        del made.peft_config
+    if hasattr(made, "_hf_peft_config_loaded"):
+        made._hf_peft_config_loaded = False
+    return made
+
+
+def _copy_of(weight: nn.Parameter | None) -> nn.Parameter | None:
+    return None if weight is None else nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
 def files_of(tokenizer: Any) -> Mapping[str, bytes]:

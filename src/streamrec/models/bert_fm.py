@@ -128,6 +128,7 @@ class BertFM(FM):
         self._tasted = np.zeros(rows, dtype=np.uint8)  # which mark they are not in: as `_touched` of the FM
         self._text_numbers = np.zeros(3, dtype=np.float32)
         self._text_pointers = np.zeros(0, dtype=np.int64)
+        self._untold = True  # no example was made yet
         self._write_rates()
         kinds = (self.optimizer.kind, self.linear_optimizer.kind)
         self._kernels = _kernels.kernels_of(dim, *kinds, bool(len(self._admit)), self._expires, shape)
@@ -163,6 +164,9 @@ class BertFM(FM):
         if not isinstance(learner, TextLearner):
             return self._steps(batch, rows, ops, labels, weights)
         done, begin = [], 0
+        if self._untold and len(rows) and 0 <= rows[0] < len(batch):
+            self._untold = False
+            self._examples(batch.take(rows[:1]), 0, 0.0, 1.0)  # compiled now, with the rest, and not amid the stream
         learns = ((ops & LEARN) != 0) & (weights > 0)
         for place in learner.due(learns).tolist():
             if learner.has_room():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from streamrec.models.text_encoder import TextEncoder
 
 __all__ = ["TextCache"]
 
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 LARGEST_HALF = 65504.0
 
 
@@ -179,39 +180,49 @@ class TextCache:
         """
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise ConfigError(f"budget must be a number of texts, 1 at least, got {budget!r}")
+        return next(self.renewals(encoder, budget), 0)
+
+    def renewals(self, encoder: TextEncoder, budget: int, embed: Embed | None = None) -> Iterator[int]:
+        """All of the texts here, as `renew` computes them, `budget` at a time; all rows are looked through once, not
+        once a `budget`. `embed`: who computes in the encoder's place, what it would."""
         self._require_like(encoder)
         version = self._coming = encoder.version
-        seeds = _seeds(version)
-        memory = self._memory
+        seeds, kept = _seeds(version), self._kept(version)
+        memory, embed = self._memory, encoder.embed if embed is None else embed
         while True:
-            with memory.reading():
-                rows = np.flatnonzero(_may_be_renewed(memory.rows, seeds[0]))
-                recency, popularity = memory.rows["used"][rows], memory.rows["uses"][rows]
-            chosen = rows[np.argsort(-(_ranks(recency) + _ranks(popularity)), kind="stable")][:budget]
-            if not len(chosen):
-                return 0
-            with memory.reading():
-                # what has been given up since is left out
-                chosen = chosen[_may_be_renewed(memory.rows[chosen], seeds[0])]
-                owners = memory.rows[["high", "low"]][chosen]
-                history = np.stack([memory.rows["used"][chosen], memory.rows["uses"][chosen].astype(np.int64)], axis=1)
-                texts = [memory.text(row) for row in chosen.tolist()]
-            data, spans = self._read(texts, encoder)
-            keys = np.empty((len(texts), 2), dtype=np.uint64)
-            loops.fetch_all(data, spans, *seeds, keys)
-            _, first = np.unique(keys, axis=0, return_index=True)
-            with memory.reading():
-                new = first[memory.find(spans[first], keys[first]) == EMPTY]
-            if len(new):
-                made = self._rounded(encoder.embed([texts[n] for n in new.tolist()]))
-                memory.store(data, spans[new], keys[new], made, int(seeds[0]), self._kept(version), history[new])
-            with memory.writing():
-                same = memory.rows[["high", "low"]][chosen] == owners
-                memory.rows["renewed"][chosen[same]] = seeds[0]
-            if len(new):
-                with self._counting:
-                    self._counts["renewed"] += len(new)
-                return len(new)
+            # without the lock, for it takes long: what is no more so is found below
+            rows = np.flatnonzero(_may_be_renewed(memory.rows, seeds[0]))
+            if not len(rows):
+                return
+            recency, popularity = memory.rows["used"][rows], memory.rows["uses"][rows]
+            rows = rows[np.argsort(-(_ranks(recency) + _ranks(popularity)), kind="stable")]
+            for start in range(0, len(rows), budget):
+                chosen = rows[start : start + budget]
+                with memory.reading():
+                    # what has been given up since is left out
+                    chosen = chosen[_may_be_renewed(memory.rows[chosen], seeds[0])]
+                    owners = memory.rows[["high", "low"]][chosen]
+                    used, uses = memory.rows["used"][chosen], memory.rows["uses"][chosen]
+                    texts = [memory.text(row) for row in chosen.tolist()]
+                if not texts:
+                    continue
+                history = np.stack([used, uses.astype(np.int64)], axis=1)
+                data, spans = self._read(texts, encoder)
+                keys = np.empty((len(texts), 2), dtype=np.uint64)
+                loops.fetch_all(data, spans, *seeds, keys)
+                _, first = np.unique(keys, axis=0, return_index=True)
+                with memory.reading():
+                    new = first[memory.find(spans[first], keys[first]) == EMPTY]
+                if len(new):
+                    made = self._rounded(embed([texts[n] for n in new.tolist()]))
+                    memory.store(data, spans[new], keys[new], made, int(seeds[0]), kept, history[new])
+                with memory.writing():
+                    same = memory.rows[["high", "low"]][chosen] == owners
+                    memory.rows["renewed"][chosen[same]] = seeds[0]
+                if len(new):
+                    with self._counting:
+                        self._counts["renewed"] += len(new)
+                    yield len(new)
 
     def switch(self, encoder: TextEncoder) -> None:
         """From now on vectors are by this encoder: those that `renew` has made, and new ones. Those by the encoder

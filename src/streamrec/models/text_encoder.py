@@ -148,13 +148,15 @@ class TextEncoder:
         return self._module
 
     def twin(self, module: torch.nn.Module | None = None, version: str = "") -> Self:
-        """Such an encoder with a tokenizer of its own, so that another thread may use it, and either a copy of the
-        model that shares its weights or another `module` of its kind. `version`: what is to tell its vectors from
-        others'; "": a digest, as ever."""
+        """Such an encoder: by a copy of the model that shares its weights, and with a tokenizer of its own, so that
+        another thread may use it; or by another `module` of its kind, with the same tokenizer, which takes
+        milliseconds. `version`: what is to tell its vectors from others'; "": a digest, as ever."""
         made = copy.copy(self)
-        made.tokenizer = copy.deepcopy(self.tokenizer)
-        shared = {id(weight): weight for weight in self._module.parameters()}
-        made._module = copy.deepcopy(self._module, shared) if module is None else module
+        if module is None:
+            made.tokenizer = copy.deepcopy(self.tokenizer)
+            shared = {id(weight): weight for weight in self._module.parameters()}
+            module = copy.deepcopy(self._module, shared)
+        made._module = module
         made._lent, made._seen, made._version = False, (), version
         made._prepare()
         if made.backend != "torch":
@@ -309,8 +311,9 @@ class TextEncoder:
         """Write model (safetensors) and tokenizer, which plain transformers reads, and these settings beside them."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        self._module.save_pretrained(path)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(path)
+        with _text_files.quiet():
+            self._module.save_pretrained(path)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(path)
         (path / SETTINGS).write_text(json.dumps(self._settings(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
