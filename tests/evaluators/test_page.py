@@ -6,9 +6,12 @@ import json
 import math
 from html.parser import HTMLParser
 
+import numpy as np
+
 import streamrec as sr
 from streamrec.evaluators import Window
 from streamrec.storage import Store
+from streamrec.testing._state import copy_state
 
 WINDOWS = [
     Window(100.0 * n, 100.0 * (n + 1), 10, {"AUC": 0.7 + n / 100, "CTR": math.nan if n else 0.1}) for n in range(4)
@@ -72,6 +75,45 @@ def test_the_page_says_all_and_loads_nothing() -> None:
     (line,) = reader.lines
     heights = [float(point.split(",")[1]) for point in line.split()]
     assert len(heights) == 4 and heights == sorted(heights, reverse=True)
+
+
+def test_the_page_shows_intervals_and_what_was_predicted_against_what_happened() -> None:
+    rng = np.random.default_rng(0)
+    shown = [
+        sr.Impression(f"i{n}", 10.0 * n, f"u{n % 9}", f"p{n % 5}", {"land": "NO" if n % 3 else "IT"})
+        for n in range(600)
+    ]
+    metrics = [sr.AUC(), sr.LogLoss(), sr.GAUC(), sr.Slices(by="land", metrics=[sr.NormalizedEntropy()])]
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("item")), dim=4), metrics=metrics, window=2_000.0)
+    trainer.push([sr.Labeled(one, float(rng.random() < 0.2 + 0.1 * (n % 5))) for n, one in enumerate(shown)])
+    report = trainer.report()
+    assert {*report.intervals} == {"AUC", "LogLoss", "GAUC", "NormalizedEntropy[land=NO]", "NormalizedEntropy[land=IT]"}
+    assert [{*window.intervals} for window in report.windows] == [{*report.intervals}] * 3
+    for low, high in [*report.intervals.values(), *report.windows[1].intervals.values()]:
+        assert low < high
+    told = json.loads(report.to_json())
+    assert told["windows"][1]["intervals"]["GAUC"] == list(report.windows[1].intervals["GAUC"])
+    assert sum(one["weight"] for one in told["curves"]["click"]) == 600
+    low, high = report.intervals["NormalizedEntropy[land=NO]"]
+    said = f"({low:,.4f} to {high:,.4f})"
+    page = report.to_html()
+    assert said in page[page.index("<h2>Slices") :] and said in str(report)
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open and reader.tags.count("polygon") == 3
+    curve = report.curves["click"]
+    assert reader.tags.count("circle") == len(curve) > 3
+    # a point that is right lies on the line: as far right as it is up
+    most = max(max(one.predicted, one.high) for one in curve) * 1.05
+    for one in curve:
+        x, y = 62 + 300 * one.predicted / most, 10 + 300 * (1 - one.actual / most)
+        assert f'cx="{x:.1f}" cy="{y:.1f}"' in page
+    # and all of it after a resume
+    twin = sr.OnlineTrainer(
+        model=sr.FM(sr.Schema(sr.Id("item")), dim=4), metrics=[m.fresh() for m in metrics], window=2_000.0
+    )
+    twin.load_state_dict(copy_state(trainer.state_dict()))
+    assert twin.report() == report
 
 
 def test_an_empty_report_is_a_page_too() -> None:

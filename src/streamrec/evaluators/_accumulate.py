@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 
 from streamrec._compile import compiled
 
-__all__ = ["BINS", "CLIP", "Column", "add_loss", "add_rates", "add_to_bins", "bin_of", "natural_log", "usable"]
+__all__ = [
+    "BINS",
+    "CLIP",
+    "Column",
+    "add_loss",
+    "add_rates",
+    "add_to_bins",
+    "bin_middles",
+    "bin_of",
+    "natural_log",
+    "usable",
+]
 
 Column = NDArray[np.float32]
 Sums = NDArray[np.float64]
@@ -68,6 +79,15 @@ def bin_of(score: Any) -> int:
     return place if score < np.float32(0.5) else BINS - 1 - place
 
 
+def bin_middles() -> NDArray[np.float64]:
+    """float64 `(BINS,)`: the middle of each bin of `bin_of`."""
+    octaves = ((np.arange(_OCTAVES + 1, dtype=np.int32) + (110 << 8)) << 15).view(np.float32).astype(np.float64)
+    edges = np.concatenate([octaves, np.arange(257, 4097) / 8192.0])
+    edges[0] = 0.0
+    lower = (edges[1:] + edges[:-1]) / 2.0
+    return np.concatenate([lower, 1.0 - lower[::-1]])
+
+
 @compiled()
 def add_to_bins(labels: Column, scores: Column, weights: Column, masses: Sums) -> int:
     """Add to `masses`, `(BINS, 2)`, the positive and the negative mass at each score. Empty `weights`: all 1."""
@@ -88,7 +108,8 @@ def add_to_bins(labels: Column, scores: Column, weights: Column, masses: Sums) -
 
 @compiled()
 def add_loss(labels: Column, scores: Column, weights: Column, sums: Sums) -> int:
-    """Add to `sums`: the log loss in nats, the positive weight, the weight. Empty `weights`: all 1."""
+    """Add to `sums`, `(6,)`: the log loss l in nats, the positive weight, the weight, and, weighted, l², l y and y² for
+    labels y. Empty `weights`: all 1."""
     n, weighted = scores.shape[0], weights.shape[0] > 0
     if labels.shape[0] != n or (weighted and weights.shape[0] != n):
         return -1
@@ -105,6 +126,9 @@ def add_loss(labels: Column, scores: Column, weights: Column, sums: Sums) -> int
             sums[0] += weight * loss
             sums[1] += weight * label
             sums[2] += weight
+            sums[3] += weight * loss * loss
+            sums[4] += weight * loss * label
+            sums[5] += weight * label * label
         else:
             skipped += 1
     return skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,16 @@ from numpy.typing import NDArray
 __all__ = [
     "auc_error_bound",
     "auc_from_histograms",
+    "Bin",
     "auc_interval",
     "calibration",
+    "calibration_curve",
     "calibration_interval",
     "log_loss",
+    "log_loss_interval",
+    "mean_interval",
     "normalized_entropy",
+    "normalized_entropy_interval",
     "rate",
     "rate_interval",
 ]
@@ -122,11 +128,76 @@ def auc_interval(
     lost = (p - np.cumsum(positives) + positives / 2) / p  # by a negative
     variance = float((positives * (won - auc) ** 2).sum()) / (p - 1) / p
     variance += float((negatives * (lost - auc) ** 2).sum()) / (n - 1) / n
-    if not 0 < auc < 1:
-        return auc, auc
-    reach = deviations(confidence) * math.sqrt(variance) / (auc * (1 - auc))
-    logit = math.log(auc / (1 - auc))
+    return _within_one(auc, variance, confidence)
+
+
+def _within_one(value: float, variance: float, confidence: float) -> tuple[float, float]:
+    """The interval of a normal distribution on the logit of a value in [0, 1], so that it stays there."""
+    if not 0 < value < 1:
+        return value, value
+    reach = deviations(confidence) * math.sqrt(variance) / (value * (1 - value))
+    logit = math.log(value / (1 - value))
     return 1 / (1 + math.exp(reach - logit)), 1 / (1 + math.exp(-reach - logit))
+
+
+def mean_interval(values: NDArray[np.float64], weights: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    """Where Σ weight x value / Σ weight is, of values in [0, 1], over groups that are drawn independently of each
+    other: the variance of a ratio (Cochran 1977, eq. 6.13), on its logit.
+
+    `values`, `weights`: float64 `(groups,)`. nan where there are less than two groups.
+
+    >>> low, high = mean_interval(np.array([0.5, 0.7, 0.9, 0.6]), np.ones(4), 0.95)
+    >>> round(low, 3), round(high, 3)
+    (0.492, 0.817)
+    """
+    groups, total = len(values), float(weights.sum())
+    if groups < 2 or not total > 0:
+        return _NOTHING
+    mean = float((weights * values).sum()) / total
+    variance = float(((weights * (values - mean)) ** 2).sum()) / total**2 * groups / (groups - 1)
+    return _within_one(mean, variance, confidence)
+
+
+def log_loss_interval(loss: float, total: float, squares: float, confidence: float) -> tuple[float, float]:
+    """Where the mean log loss is that these are a sample of: a normal distribution of the mean.
+
+    `squares`: the summed square of the loss. Each unit of weight counts as one independent event.
+
+    >>> low, high = log_loss_interval(loss=50.0, total=100.0, squares=50.0, confidence=0.95)
+    >>> round(low, 3), round(high, 3)
+    (0.402, 0.598)
+    """
+    if not total > 1:
+        return _NOTHING
+    mean = loss / total
+    reach = deviations(confidence) * math.sqrt(max(squares / total - mean * mean, 0.0) / total)
+    return max(0.0, mean - reach), mean + reach
+
+
+def normalized_entropy_interval(
+    loss: float,
+    positives: float,
+    total: float,
+    squares: float,
+    products: float,
+    labels: float,
+    confidence: float,
+) -> tuple[float, float]:
+    """Where the normalized entropy is that these are a sample of: the delta method, for loss and base rate together.
+
+    `squares`, `products`, `labels`: the sums of the loss squared, of loss x label, and of the label squared. Each unit
+    of weight counts as one independent event.
+    """
+    value = normalized_entropy(loss, positives, total)
+    if math.isnan(value) or not total > 1:
+        return _NOTHING
+    base, mean = positives / total, loss / total
+    entropy = mean / value if value > 0 else math.inf
+    by_rate = value / entropy * math.log((1 - base) / base)  # what the entropy adds where the base rate grows
+    variance = squares / total - mean * mean - 2 * by_rate * entropy * (products / total - mean * base)
+    variance += (by_rate * entropy) ** 2 * (labels / total - base * base)
+    reach = deviations(confidence) * math.sqrt(max(variance, 0.0) / total) / entropy
+    return max(0.0, value - reach), value + reach
 
 
 def rate_interval(positives: float, total: float, confidence: float) -> tuple[float, float]:
@@ -158,3 +229,40 @@ def calibration_interval(predicted: float, positives: float, total: float, confi
     if math.isnan(low) or not positives > 0:
         return _NOTHING
     return predicted / (high * total), predicted / (low * total) if low > 0 else math.inf
+
+
+class Bin(NamedTuple):
+    """Of impressions of like scores: the mean of what was predicted, the rate of clicks, where that rate is with 95 %
+    confidence, and their weight."""
+
+    predicted: float
+    actual: float
+    low: float
+    high: float
+    weight: float
+
+
+def calibration_curve(
+    scores: NDArray[np.float64], positives: NDArray[np.float64], negatives: NDArray[np.float64], bins: int = 10
+) -> list[Bin]:
+    """What was predicted against what happened, in about `bins` bins of like weight, from the lowest scores to the
+    highest; intervals as of `rate_interval`.
+
+    `scores`, `positives`, `negatives`: float64 `(fine bins,)`, the mass of either at each score, in ascending order.
+
+    >>> curve = calibration_curve(np.array([0.1, 0.4]), np.array([10.0, 50.0]), np.array([90.0, 50.0]), bins=2)
+    >>> [(one.predicted, one.actual, one.weight) for one in curve]
+    [(0.1, 0.1, 100.0), (0.4, 0.5, 100.0)]
+    """
+    mass = positives + negatives
+    total = float(mass.sum())
+    if not total > 0:
+        return []
+    # by the middle of each fine bin's mass, so that one that holds much stands alone
+    place = np.minimum((bins * (np.cumsum(mass) - mass / 2) / total).astype(np.int64), bins - 1)
+    sums = np.array([np.bincount(place, weights=one, minlength=bins) for one in (mass, positives, mass * scores)])
+    return [
+        Bin(promised / weight, clicks / weight, *rate_interval(clicks, weight, 0.95), weight)
+        for weight, clicks, promised in sums.T.tolist()
+        if weight > 0
+    ]

@@ -17,6 +17,7 @@ from streamrec.evaluators._accumulate import Column
 from streamrec.evaluators._by import By, Rule
 from streamrec.evaluators._cells import Cells
 from streamrec.evaluators._entries import columns, kind_of
+from streamrec.evaluators.formulas import deviations, mean_interval
 from streamrec.events import Impression
 
 __all__ = ["GAUC", "NDCG", "Coverage", "Recall"]
@@ -133,15 +134,24 @@ class GAUC(_Grouped):
 
     def compute(self) -> float:
         """In [0, 1]; nan until one group has both clicks and non-clicks."""
+        return _mean(*self._of_groups())
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.mean_interval`: groups are drawn, not impressions."""
+        return mean_interval(*self._of_groups(), confidence)
+
+    def _of_groups(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         starts, _, _, mass = self._cells.sorted()
-        area, weight = _auc_of_groups(starts, mass)
-        return area / weight if weight > 0 else math.nan
+        values, weights = _auc_of_groups(starts, mass)
+        return values[weights > 0], weights[weights > 0]
 
 
 class _TopK(_Grouped):
     """Of each group, the ranking that its scores make, down to place `k`."""
 
     _binary = True
+    _by_rank: bool
+    """Whether a hit counts for less further down."""
 
     def __init__(self, *, k: int = 10, by: Rule = "request", capacity: int = 1_000_000, kind: str = "click") -> None:
         if not isinstance(k, int) or k < 1:
@@ -152,11 +162,20 @@ class _TopK(_Grouped):
     def _arguments(self) -> dict[str, Any]:
         return {"k": self.k, **super()._arguments()}
 
-    def _gains(self, by_rank: bool) -> float:
+    def compute(self) -> float:
+        """In [0, 1]; nan until one group has a hit."""
+        return _mean(*self._of_groups())
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.mean_interval`: groups are drawn, not impressions."""
+        return mean_interval(*self._of_groups(), confidence)
+
+    def _of_groups(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         starts, _, _, mass = self._cells.sorted()
-        discounts = 1 / np.log2(np.arange(2, self.k + 2)) if by_rank else np.ones(self.k)
-        total, groups = _gain_of_groups(starts, mass, discounts, by_rank)
-        return total / groups if groups else math.nan
+        discounts = 1 / np.log2(np.arange(2, self.k + 2)) if self._by_rank else np.ones(self.k)
+        gains = _gain_of_groups(starts, mass, discounts, self._by_rank)
+        gains = gains[gains >= 0]
+        return gains, np.ones(len(gains))
 
 
 class NDCG(_TopK):
@@ -171,9 +190,7 @@ class NDCG(_TopK):
     ('NDCG@5', 'NDCG@3[session]')
     """
 
-    def compute(self) -> float:
-        """In [0, 1]; nan until one group has a hit."""
-        return self._gains(by_rank=True)
+    _by_rank = True
 
 
 class Recall(_TopK):
@@ -185,9 +202,7 @@ class Recall(_TopK):
     'Recall@20'
     """
 
-    def compute(self) -> float:
-        """In [0, 1]; nan until one group has a hit."""
-        return self._gains(by_rank=False)
+    _by_rank = False
 
 
 class Coverage(_Grouped):
@@ -220,11 +235,22 @@ class Coverage(_Grouped):
         shown = len(starts) - 1
         return shown * self.sampled / self.size if shown else math.nan
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the share is that was shown: the value itself while every item is counted; then, of how many of the
+        hashes were drawn (binomial, by a normal distribution). Of what else the stream might have shown it says
+        nothing. nan while nothing has been seen."""
+        starts, _, _, _ = self._cells.sorted()
+        shown, share = len(starts) - 1, self.compute()
+        if not shown:
+            return math.nan, math.nan
+        reach = deviations(confidence) * share * math.sqrt((1 - 1 / self.sampled) / shown)
+        return max(0.0, share - reach), share + reach
+
 
 @compiled()
 def _auc_of_groups(starts: Any, mass: Any) -> Any:
-    """Σ AUC x weight over the groups that have both labels, and Σ weight. The cells go from the highest score down."""
-    area = weight = 0.0
+    """AUC and weight of each group, 0 where it has one label alone. The cells go from the highest score down."""
+    values, weights = np.zeros(len(starts) - 1), np.zeros(len(starts) - 1)
     for g in range(len(starts) - 1):
         positives = negatives = won = 0.0
         for cell in range(starts[g], starts[g + 1]):
@@ -233,19 +259,18 @@ def _auc_of_groups(starts: Any, mass: Any) -> Any:
             positives += mass[cell, 0]
             negatives += mass[cell, 1]
         if positives > 0.0 and negatives > 0.0:
-            total = positives + negatives
-            area += total * min(won / (positives * negatives), 1.0)
-            weight += total
-    return area, weight
+            values[g] = min(won / (positives * negatives), 1.0)
+            weights[g] = positives + negatives
+    return values, weights
 
 
 @compiled()
 def _gain_of_groups(starts: Any, mass: Any, discounts: Any, by_rank: bool) -> Any:
-    """Σ over the groups with hits of their gain over the best there could be, and how many groups these are.
+    """Each group's gain over the best there could be; -1 where it has no hit.
 
     Places that tie share the hits among them. The best: of the discounted gain, all hits first; else, all hits.
     """
-    total, groups = 0.0, 0
+    gains = np.full(len(starts) - 1, -1.0)
     k = len(discounts)
     for g in range(len(starts) - 1):
         hits = gain = 0.0
@@ -263,6 +288,9 @@ def _gain_of_groups(starts: Any, mass: Any, discounts: Any, by_rank: bool) -> An
                 best = 0.0
                 for rank in range(min(int(hits), k)):
                     best += discounts[rank]
-            total += gain / best
-            groups += 1
-    return total, groups
+            gains[g] = gain / best
+    return gains
+
+
+def _mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    return float((values * weights).sum() / weights.sum()) if len(values) else math.nan

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from streamrec.errors import ConfigError
 from streamrec.evaluators import formulas
-from streamrec.evaluators._accumulate import BINS, Column, add_loss, add_rates, add_to_bins
+from streamrec.evaluators._accumulate import BINS, Column, add_loss, add_rates, add_to_bins, bin_middles
 from streamrec.evaluators._entries import columns, kind_of, unequal
 
 __all__ = ["AUC", "CTR", "Calibration", "ConversionRate", "LogLoss", "NormalizedEntropy"]
@@ -118,6 +118,11 @@ class AUC(_OneKind):
         """See `formulas.auc_interval`."""
         return formulas.auc_interval(self._sums[:, 0], self._sums[:, 1], confidence)
 
+    def calibration_curve(self, bins: int = 10) -> list[formulas.Bin]:
+        """What was predicted against what happened; see `formulas.calibration_curve`. Scores are known as exactly as
+        the bins are narrow."""
+        return formulas.calibration_curve(bin_middles(), self._sums[:, 0], self._sums[:, 1], bins)
+
     def error_bound(self) -> float:
         """How far `compute()` can be from the AUC of the unbinned scores: never further than this.
 
@@ -138,11 +143,17 @@ class LogLoss(_OneKind):
     """
 
     _add = staticmethod(add_loss)
+    _shape = (6,)
 
     def compute(self) -> float:
         """Nats per unit of weight; nan while nothing has been seen."""
-        loss, _, total = self._sums.tolist()
+        loss, _, total, *_ = self._sums.tolist()
         return formulas.log_loss(loss, total)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.log_loss_interval`."""
+        loss, _, total, squares, *_ = self._sums.tolist()
+        return formulas.log_loss_interval(loss, total, squares, confidence)
 
 
 class NormalizedEntropy(_OneKind):
@@ -158,10 +169,16 @@ class NormalizedEntropy(_OneKind):
     """
 
     _add = staticmethod(add_loss)
+    _shape = (6,)
 
     def compute(self) -> float:
         """The ratio, from 0; nan until both clicks and non-clicks have been seen."""
-        return formulas.normalized_entropy(*self._sums.tolist())
+        return formulas.normalized_entropy(*self._sums[:3].tolist())
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """See `formulas.normalized_entropy_interval`."""
+        loss, positives, total, squares, products, labels = self._sums.tolist()
+        return formulas.normalized_entropy_interval(loss, positives, total, squares, products, labels, confidence)
 
 
 class Calibration(_OneKind):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError
+from streamrec.evaluators.formulas import Bin
 from streamrec.events import Impression
 from streamrec.protocols import Metric, NotedMetric
 
-__all__ = ["ProgressiveValidation", "Window", "values_of"]
+__all__ = ["ProgressiveValidation", "Window", "curves_of", "intervals_of", "values_of"]
 
 _Columns = tuple[NDArray[np.float32], NDArray[np.float32], "NDArray[np.float32] | None"]
 
@@ -25,13 +26,15 @@ _Columns = tuple[NDArray[np.float32], NDArray[np.float32], "NDArray[np.float32] 
 class Window:
     """What the metrics said of one window of event time, `start` to `end` (excluded), in POSIX seconds UTC.
 
-    `count`: the entries of every kind that fell into it. `metrics`: values by name, nan where undefined.
+    `count`: the entries of every kind that fell into it. `metrics`: values by name, nan where undefined. `intervals`:
+    where those are, with 95 % confidence, that the window is a sample of, for metrics that have one.
     """
 
     start: float
     end: float
     count: int
     metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,11 @@ class ProgressiveValidation:
 
     def intervals(self, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
         """Of the metrics since the start that have one, where the value is that the stream is a sample of, by name."""
-        found: dict[str, tuple[float, float]] = {}
-        for metric in self._whole:
-            if hasattr(metric, "interval"):
-                low, high = metric.interval(confidence)
-                if not math.isnan(low):
-                    found[metric.name] = low, high
-        return found
+        return intervals_of(self._whole, confidence)
+
+    def curves(self) -> dict[str, list[Bin]]:
+        """What was predicted against what happened since the start, by kind of feedback, of metrics that know it."""
+        return curves_of(self._whole)
 
     def windows(self) -> list[Window]:
         """The windows kept, oldest first, the open one last."""
@@ -176,10 +177,15 @@ class ProgressiveValidation:
         """Everything: the metrics since the start and in the open window, and the windows kept, cut now.
 
         `windows`: those kept; of each, `values` float64 `(3 + metrics,)`: its start, end, count and the values of
-        `metrics`, their names.
+        `metrics`, their names; and `ends`, float64 `(intervals, 2)`, of those named `intervals`.
         """
         windows = [
-            {"metrics": list(w.metrics), "values": np.array([w.start, w.end, w.count, *w.metrics.values()])}
+            {
+                "metrics": list(w.metrics),
+                "values": np.array([w.start, w.end, w.count, *w.metrics.values()]),
+                "intervals": list(w.intervals),
+                "ends": np.array([*w.intervals.values()], dtype=np.float64).reshape(-1, 2),
+            }
             for w in self._closed
         ]
         return {
@@ -207,7 +213,13 @@ class ProgressiveValidation:
         self._count = int(state["count"])
         self.dropped_windows = int(state["dropped_windows"])
         self._closed = deque(
-            Window(start, end, int(count), dict(zip(window["metrics"], values, strict=True)))
+            Window(
+                *(start, end, int(count), dict(zip(window["metrics"], values, strict=True))),
+                {
+                    name: (low, high)
+                    for name, (low, high) in zip(window["intervals"], np.asarray(window["ends"]).tolist(), strict=True)
+                },
+            )
             for window in state["windows"]
             for start, end, count, *values in [np.asarray(window["values"]).tolist()]
         )
@@ -235,7 +247,8 @@ class ProgressiveValidation:
 
     def _summary(self) -> Window:
         length = self._window or math.nan
-        return Window(self._open * length, (self._open + 1) * length, self._count, values_of(self._recent))
+        values, intervals = values_of(self._recent), intervals_of(self._recent)
+        return Window(self._open * length, (self._open + 1) * length, self._count, values, intervals)
 
     def _unseen(self) -> list[Metric]:
         return [] if self._window is None else [metric.fresh() for metric in self._whole]
@@ -257,6 +270,23 @@ def values_of(metrics: Sequence[Metric]) -> dict[str, float]:
         value = metric.compute()
         found.update(value if isinstance(value, Mapping) else {metric.name: value})
     return found
+
+
+def intervals_of(metrics: Sequence[Metric], confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Of each metric that has one, where its value is that the stream is a sample of, by the names of `values_of`."""
+    found: dict[str, tuple[float, float]] = {}
+    for metric in metrics:
+        if hasattr(metric, "interval"):
+            ends = metric.interval(confidence)
+            several = ends if isinstance(ends, Mapping) else {metric.name: ends}
+            found.update({name: ends for name, ends in several.items() if not math.isnan(ends[0])})
+    return found
+
+
+def curves_of(metrics: Sequence[Metric]) -> dict[str, list[Bin]]:
+    """What was predicted against what happened, by kind of feedback, of metrics that know it."""
+    curves = {metric.kinds[0]: metric.calibration_curve() for metric in metrics if hasattr(metric, "calibration_curve")}
+    return {kind: curve for kind, curve in curves.items() if curve}
 
 
 class _Entries(NamedTuple):

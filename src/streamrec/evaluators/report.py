@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from streamrec.evaluators.formulas import Bin
 from streamrec.evaluators.page import page_of
 from streamrec.evaluators.progressive import Window
 
@@ -24,6 +25,7 @@ class Report:
     `metrics`: values by name. `counts`: events in, learned, pending, dropped by reason. `windows`: the metrics
     over event time. `seconds`: wall clock of the run, 0 if not measured. `interrupted`: whether it was stopped early.
     `intervals`: where the values are that the stream is a sample of, with 95 % confidence, for metrics that have one.
+    `curves`: what was predicted against what happened, by kind of feedback, where there is an `AUC` of it.
 
     >>> print(Report({"AUC": 0.76186, "CTR": 0.0412}, {"events": 100000, "learned": 99876, "late": 124}, seconds=2.5))
     AUC       0.7619
@@ -42,6 +44,7 @@ class Report:
     seconds: float = 0.0
     interrupted: bool = False
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Bin]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         metrics = {name: _measure(value) for name, value in self.metrics.items()}
@@ -64,26 +67,31 @@ class Report:
         """All of it as JSON; a metric that is undefined is null.
 
         >>> print(Report({"AUC": math.nan}, {"events": 0}).to_json())
-        {"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "intervals": {}, "seconds": 0.0,
-         "interrupted": false}
+        {"metrics": {"AUC": null}, "counts": {"events": 0}, "windows": [], "intervals": {}, "curves": {},
+         "seconds": 0.0, "interrupted": false}
         """
         windows = [
-            {"start": one.start, "end": one.end, "count": one.count, "metrics": _plain(one.metrics)}
+            {
+                "start": one.start,
+                "end": one.end,
+                "count": one.count,
+                "metrics": _plain(one.metrics),
+                "intervals": _ends(one.intervals),
+            }
             for one in self.windows
         ]
-        intervals = {
-            name: [end if math.isfinite(end) else None for end in ends] for name, ends in self.intervals.items()
-        }
         whole = {
             "metrics": _plain(self.metrics),
             "counts": dict(self.counts),
             "windows": windows,
-            "intervals": intervals,
+            "intervals": _ends(self.intervals),
+            "curves": {kind: [one._asdict() for one in curve] for kind, curve in self.curves.items()},
         }
         return json.dumps({**whole, "seconds": self.seconds, "interrupted": self.interrupted}, allow_nan=False)
 
     def to_html(self, *, title: str = "Progressive validation", decisions: Sequence[Any] = ()) -> str:
-        """One page that loads nothing: the numbers, and each metric over the windows as a picture.
+        """One page that loads nothing: the numbers, each metric over the windows as a picture, and what was predicted
+        against what happened.
 
         `decisions`: what was served and why, of `store.served.history()`.
 
@@ -91,7 +99,8 @@ class Report:
         True
         """
         pace = ", ".join(self._pace())
-        return page_of(title, self.metrics, self.counts, self.windows, decisions, pace, self.intervals)
+        whole = self.metrics, self.counts, self.windows, decisions, pace, self.intervals, self.curves
+        return page_of(title, *whole)
 
     def plot(self, path: str | PathLike[str], **options: Any) -> None:
         """Draw the windows into the file `path`; `options` are those of `streamrec.evaluators.plot.plot_windows`.
@@ -113,6 +122,10 @@ class Report:
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _ends(intervals: Mapping[str, tuple[float, float]]) -> dict[str, list[float | None]]:
+    return {name: [end if math.isfinite(end) else None for end in ends] for name, ends in intervals.items()}
 
 
 def _measure(value: float) -> str:

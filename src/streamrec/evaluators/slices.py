@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,13 +97,22 @@ class Slices:
 
     def compute(self) -> dict[str, float]:
         """The value of each metric in each slice, in the order in which the slices came."""
-        found: dict[str, float] = {}
+        return {key: metric.compute() for key, metric in self._named_metrics()}
+
+    def interval(self, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+        """The interval of each metric that has one, in each slice, by the names that `compute` has."""
+        return {
+            key: metric.interval(confidence) for key, metric in self._named_metrics() if hasattr(metric, "interval")
+        }
+
+    def _named_metrics(self) -> Iterator[tuple[str, Metric]]:
         for name, metrics in self._slices.items():
             for metric in metrics:
                 inner = f"{self._label}={name}"
-                key = f"{metric.name[:-1]}, {inner}]" if metric.name.endswith("]") else f"{metric.name}[{inner}]"
-                found[key] = metric.compute()
-        return found
+                yield (
+                    f"{metric.name[:-1]}, {inner}]" if metric.name.endswith("]") else f"{metric.name}[{inner}]",
+                    metric,
+                )
 
     def fresh(self) -> Self:
         """Another of the same settings that has seen nothing."""

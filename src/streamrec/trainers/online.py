@@ -524,6 +524,7 @@ class OnlineTrainer:
             self._seconds,
             interrupted=interrupted,
             intervals=self.validation.intervals(),
+            curves=self.validation.curves(),
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from streamrec.adapters.dask._cluster import Task, require_client, results, spre
 from streamrec.adapters.dask._models import Reference, model_of, reference
 from streamrec.errors import ConfigError
 from streamrec.evaluators import Report
+from streamrec.evaluators.progressive import curves_of, intervals_of, values_of
 from streamrec.protocols import Metric, Model
 from streamrec.storage import EncodedRows, Store
 
@@ -47,7 +48,8 @@ def evaluate(
     for part in found:  # in their order, so that the sums are the same every time
         for metric, one in zip(fresh, part, strict=True):
             metric.merge(one)
-    return Report({metric.name: metric.compute() for metric in fresh}, {"events": len(rows), "learned": 0})
+    counts = {"events": len(rows), "learned": 0}
+    return Report(values_of(fresh), counts, intervals=intervals_of(fresh), curves=curves_of(fresh))
 
 
 def _judge(where: Reference, sent: Any, rows: EncodedRows, metrics: Sequence[Metric]) -> list[Metric]:
