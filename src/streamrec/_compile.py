@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core import types
 
 __all__ = ["compiled"]
 
@@ -26,19 +27,39 @@ def compiled(*, inline: bool = False, made_of: tuple[int, ...] | None = None) ->
     def wrap(function: F) -> F:
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         if inline:
-            options["inline"] = "always"
+            # by LLVM: numba's own inlining copies the source into every caller, and types and lowers it each time
+            options["forceinline"] = True
         if made_of is not None:
             # symbols and files are named by it: what two processes have compiled must not be taken for each other
             function.__qualname__ += "".join(f"_{int(number)}" for number in made_of)
+        known_by_name = made_of is not None or "<locals>" not in function.__qualname__
         try:
-            made = numba.njit(cache=True, **options)(function)
+            made = numba.njit(cache=known_by_name, **options)(function)
+            if made_of is not None:
+                _give_key(made, made_of)
         except RuntimeError:  # numba's way to say that no cache directory is writable
-            return cast(F, numba.njit(**options)(function))
-        if made_of is not None:
-            _give_key(made, made_of)
+            made = numba.njit(**options)(function)
+        _forget_constants(made)
         return cast(F, made)
 
     return wrap
+
+
+_plain: Callable[[Any], Any] = types.unliteral  # not typed where it comes from
+
+
+def _forget_constants(dispatcher: Any) -> None:
+    """Let callers that pass a constant share what is compiled for others of its type.
+
+    Numba would compile the function once more for each constant, and for a variable's first value too, which is one as
+    long as it is not known that it changes: the FM's loop twice, for seconds, since one caller begins at 0.
+    """
+    found = dispatcher.get_call_template
+
+    def template(args: Any, kws: Any) -> Any:
+        return found(tuple(map(_plain, args)), {name: _plain(kind) for name, kind in kws.items()})
+
+    dispatcher.get_call_template = template
 
 
 def _give_key(dispatcher: Any, made_of: tuple[int, ...]) -> None:

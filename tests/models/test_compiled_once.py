@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 SCRIPT = """
-import json, sys
+import gc, json, sys
 import numpy as np
+from numba.core.registry import CPUDispatcher
+from numba.core.types import unliteral
 from streamrec import FM, Adagrad, FTRL, Id, Ids, Impression, Schema
 from streamrec.models import ranking
 from streamrec.preprocessors import encode
@@ -23,7 +25,7 @@ shown = [Impression(str(n), 0.0, f"u{n % 7}", "p", {"genres": ["a", "b", "c"][: 
 batch = encode(schema, shown).batch
 labels = np.arange(60, dtype=np.float32) % 3 // 2
 rules = {"adagrad": Adagrad(lr=0.5), "ftrl": FTRL(lr=0.5)}
-found = {"scores": {}, "hits": 0, "misses": 0}
+found = {"scores": {}, "hits": 0, "misses": 0, "twice": []}
 for one in sys.argv[1:]:
     dim, rule = one.split("-")
     model = FM(schema, dim=int(dim), optimizer=rules[rule])
@@ -38,6 +40,11 @@ for one in sys.argv[1:]:
     for kernel in kernels:
         found["hits"] += sum(kernel.stats.cache_hits.values())
         found["misses"] += sum(kernel.stats.cache_misses.values())
+for function in gc.get_objects():
+    if isinstance(function, CPUDispatcher) and function.__module__.startswith("streamrec"):
+        kinds = [tuple(map(unliteral, signature)) for signature in function.signatures]
+        if len(set(kinds)) < len(kinds):
+            found["twice"].append(function.__qualname__)
 print(json.dumps(found))
 """
 
@@ -58,6 +65,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     for model in ("4-adagrad", "8-adagrad", "4-ftrl"):
         found = run(cache, model)
         assert found["misses"] > 0
+        assert not found["twice"], "compiled once more for a constant that some caller passes"
         first |= found["scores"]
     return cache, first
 
