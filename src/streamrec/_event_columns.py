@@ -150,14 +150,26 @@ Place = Callable[[int], tuple[str, int]]
 class Rows:
     """Rows of an arrow table whose columns are looked at as lists, None where there is none.
 
-    `words`: of columns that are coded by a dictionary, its strings, looked up once for all slices of a table.
+    `words`: of columns that are coded by a dictionary, its strings, looked up once for all slices of a table. Rows of
+    several types are put apart at once, and not for each slice: of each type its rows, and which of all they are.
     """
 
     def __init__(self, table: Any, named: Named, scale: float, place: Place) -> None:
-        self.table = table
+        self.count = table.num_rows
         self.named = named
         self.scale = scale
         self.place = place
+        self.row = asdict_of(named.features)
+        self._parts: list[tuple[NDArray[np.int64], Rows]] = []
+        if named.kind is None:
+            types = by_type(table.column(named.fields["type"]))
+            if len(types) > 1 or not {*types} <= {*KINDS}:
+                for kind, rows in types.items():
+                    known = kind if kind in KINDS else repr(kind)  # what is none has a reason to be given
+                    self._parts.append((rows, self._part(table.take(rows), named._replace(kind=known), rows)))
+                return
+            self.named = named = named._replace(kind=next(iter(types), "impression"))
+        self.table = table
         pa = arrow()
         coded = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
         if coded:
@@ -167,43 +179,35 @@ class Rows:
             for name in coded
             if table.column(name).num_chunks and not table.column(name).null_count
         }
-        self.row = asdict_of(named.features)
+
+    def _part(self, table: Any, named: Named, rows: NDArray[np.int64]) -> Rows:
+        return Rows(table, named, self.scale, lambda row: self.place(int(rows[row])))
 
     def slice(self, start: int, end: int) -> Rows:
         """Some of them."""
         part = copy.copy(self)
-        part.table, part.place = self.table.slice(start, end - start), lambda row: self.place(start + row)
-        return part
-
-    def take(self, rows: NDArray[np.int64]) -> Rows:
-        """Some of them."""
-        part = copy.copy(self)
-        part.table, part.place = self.table.take(rows), lambda row: self.place(int(rows[row]))
+        part.count, part.place = end - start, lambda row: self.place(start + row)
+        if not self._parts:
+            part.table = self.table.slice(start, end - start)
+        part._parts = []
+        for rows, of_type in self._parts:
+            begin, stop = np.searchsorted(rows, [start, end]).tolist()
+            if begin < stop:
+                part._parts.append((rows[begin:stop] - start, of_type.slice(begin, stop)))
         return part
 
     def events(self) -> list[Item]:
         """Their events, a dead letter in the place of a row that is none."""
-        rows, named = self.table.num_rows, self.named
-        if not rows:
+        if not self.count:
             return Decoded()
-        if named.kind is not None:
-            return self._of_kind(named.kind)
-        types = self.strings("type")
-        found = {*types}
-        if len(found) == 1 and found <= {*KINDS}:
-            return self._of_kind(found.pop())
-        kinds = np.array(types, dtype=object)
-        out = np.empty(rows, dtype=object)
+        if not self._parts:
+            return self._of_kind(self.named.kind)
+        out = np.empty(self.count, dtype=object)
         sound = True
-        for kind in KINDS:
-            mask = np.flatnonzero(kinds == kind)
-            if len(mask):
-                part = self.take(mask)._of_kind(kind)
-                sound &= type(part) is Decoded
-                out[mask] = part
-        for row in np.flatnonzero(~np.isin(kinds.astype(str), KINDS)).tolist():
-            sound = False
-            out[row] = self._letter(row, f"its type is {kinds[row]!r}, none of {', '.join(KINDS)}")
+        for rows, of_type in self._parts:
+            found = of_type.events()
+            sound &= type(found) is Decoded
+            out[rows] = found
         return Decoded(out.tolist()) if sound else out.tolist()
 
     def strings(self, field: str) -> list[Any]:
@@ -228,8 +232,10 @@ class Rows:
             return ["click"] * self.table.num_rows
         return ["click" if one is None else one for one in self.strings("kind")]
 
-    def _of_kind(self, kind: str) -> list[Item]:
+    def _of_kind(self, kind: str | None) -> list[Item]:
         fields, rows = self.named.fields, self.table.num_rows
+        if kind not in KINDS:
+            return [self._letter(row, f"its type is {kind}, none of {', '.join(KINDS)}") for row in range(self.count)]
         times = seconds_of(self.table.column(fields["time"]), self.scale)
         reasons: dict[int, str] = {}
         if not np.isfinite(times).all():
@@ -257,7 +263,8 @@ class Rows:
             number = self._floats("score", None)
             names = columns["user"], columns["item"]
             made = [*map(Impression, columns["id"], columns["time"], *names, features, number)]
-        sound = sound and not reasons and all(one is None or math.isfinite(one) for one in number)
+        known = [] if number.count(None) == len(number) else [one for one in number if one is not None]
+        sound = sound and not reasons and all(map(math.isfinite, known))
         if kind == "labeled":
             made = [*map(Labeled, made, columns["label"], self._kinds(), self._floats("weight", 1.0))]
             sound = False  # what a label may be, nobody has checked
@@ -303,6 +310,17 @@ class Rows:
         return DeadLetter({"path": path, "row": number}, f"malformed: row {number} of {path!r}: {reason}"[:500], raw)
 
 
+def by_type(column: Any) -> dict[str | None, NDArray[np.int64]]:
+    """Of each string in a column, or None, its rows."""
+    pa = arrow()
+    column = _whole(column)
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    words: list[str | None] = [*_strings(column.dictionary), None]
+    return {words[code]: np.flatnonzero(codes == code) for code in np.unique(codes).tolist()}
+
+
 def asdict_of(names: Sequence[str]) -> Callable[[Sequence[list[Any]]], list[Any]]:
     """What makes one dict a row from columns of these names."""
     if len(set(names)) == len(names) and all(name.isidentifier() and name[:2] != "__" for name in names):
@@ -315,6 +333,8 @@ def asdict_of(names: Sequence[str]) -> Callable[[Sequence[list[Any]]], list[Any]
 def _decoded(texts: list[str | None], reasons: dict[int, str]) -> list[Any]:
     """Features that are JSON objects; none where there is no text."""
     with suppress(TypeError, ValueError, RecursionError):  # which one it is, and why, the careful way finds
+        if texts.count(None):
+            return [{} if text is None else _decode_features(text) for text in texts]
         return [*map(_decode_features, texts)]  # type: ignore[arg-type]
     made: list[Any] = []
     for row, text in enumerate(texts):
