@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamrec as sr
+from streamrec.errors import SourceError
 from streamrec.events import DeadLetter, Item, encode_event
 from streamrec.sources import Memory, Merged, Push
 from streamrec.testing import check_source
@@ -189,3 +190,14 @@ def test_what_it_refuses() -> None:
     source = Merged({"a": Memory([click(1.0)]), "new": Memory([click(0.0)])})
     source.seek({"a": {"at": {"index": 1}, "skip": 0, "watermark": 1.0}})
     assert source.fraction() == 0.5 and rest(source) == [click(0.0)]
+
+
+def test_with_closes_the_sources_and_its_end_does_not() -> None:
+    clicks = sr.Push(capacity=10)
+    merged = Merged({"clicks": clicks})
+    del merged  # whoever made the source may still hand events in
+    clicks.put(sr.Feedback("c1", "i1", 1.0))
+    with Merged({"clicks": clicks}) as again:
+        assert [item.id for item in again.read(10) if isinstance(item, sr.Feedback)] == ["c1"]
+    with pytest.raises(SourceError, match="closed"):
+        clicks.put(sr.Feedback("c2", "i1", 2.0))

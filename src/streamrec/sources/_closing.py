@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 
 from typing_extensions import Self
 
-__all__ = ["Closing"]
+__all__ = ["ClosedAtItsEnd", "Closing"]
 
 
 class Closing:
-    """`with` closes it, and so does its end, also where `__init__` raised."""
+    """`with` closes it."""
 
     def close(self) -> None:
         """Let go of what it holds."""
@@ -23,5 +24,10 @@ class Closing:
     ) -> None:
         self.close()
 
+
+class ClosedAtItsEnd(Closing):
+    """And so does its end, also where `__init__` raised: for what nobody else can hold, a file or a connection."""
+
     def __del__(self) -> None:
-        self.close()
+        with suppress(Exception):  # at the interpreter's end there may be no thread left to ask
+            self.close()

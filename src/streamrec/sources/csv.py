@@ -14,7 +14,7 @@ import msgspec
 from streamrec._event_columns import Layout, Named
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Event, Feedback, Impression, Item, Labeled, Position
-from streamrec.sources._closing import Closing
+from streamrec.sources._closing import ClosedAtItsEnd
 from streamrec.sources._files import Files, place
 from streamrec.sources._lines import Lines
 from streamrec.sources._readers import DamagedGzip, find, opened
@@ -24,7 +24,7 @@ __all__ = ["Csv"]
 _MAX_RECORD = 1 << 20
 
 
-class Csv(Closing):
+class Csv(ClosedAtItsEnd):
     """A source over local files of comma-separated values, in UTF-8, resumable at every row.
 
     `path`: a file, or a pattern such as `"exports/*.csv.gz"`, whose files are read one after the other, sorted by name;

@@ -18,7 +18,7 @@ import msgspec
 
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Event, Item, Position, decode_event
-from streamrec.sources._closing import Closing
+from streamrec.sources._closing import ClosedAtItsEnd
 from streamrec.sources._lines import letter, read_one
 from streamrec.sources._waiting import Waiting
 
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     rng: random.Random
 
 
-class HttpPoll(Closing):
+class HttpPoll(ClosedAtItsEnd):
     """A source over a JSON API that gives events by pages, each with the cursor of the next.
 
     `GET url?cursor=...` answers `{"events": [...], "next": ...}`; the first request has no cursor. Other names:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from streamrec.errors import ConfigError
 from streamrec.events import Event, Item, Position, decode_event
-from streamrec.sources._closing import Closing
+from streamrec.sources._closing import ClosedAtItsEnd
 from streamrec.sources._files import Files, place
 from streamrec.sources._follow import Followed
 from streamrec.sources._lines import Json
@@ -16,7 +16,7 @@ from streamrec.sources._readers import find
 __all__ = ["JsonLines"]
 
 
-class JsonLines(Closing):
+class JsonLines(ClosedAtItsEnd):
     """A source over local files that hold one event a line, resumable at every line.
 
     `path`: a file, or a pattern such as `"logs/*.jsonl.gz"`, whose files are read one after the other, sorted by

@@ -8,13 +8,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import Any
-
-from typing_extensions import Self
 
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import Decoded, Event, Feedback, Impression, Item, Labeled, Placed, Position, decode_event
+from streamrec.sources._closing import ClosedAtItsEnd
 from streamrec.sources._kafka_connect import Partition, Plan
 from streamrec.sources._kafka_link import Chunk, Link, letter
 from streamrec.sources._waiting import signalled
@@ -24,7 +22,7 @@ __all__ = ["Kafka", "decode_message"]
 _EVENTS = (Impression, Feedback, Labeled)
 
 
-class Kafka:
+class Kafka(ClosedAtItsEnd):
     """A source over the partitions of one or more topics, resumable at every message.
 
     Offsets live in the checkpoint, with the weights, and nowhere else: the source assigns itself its partitions and
@@ -114,18 +112,6 @@ class Kafka:
 
     def __repr__(self) -> str:
         return f"Kafka({list(self._plan.topics)!r}, {self._plan.servers!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's end there may be no thread left to ask
-            self.close()
 
     def close(self) -> None:
         """Leave the broker; ends a `read` that waits in another thread. The position stays; a later `read` connects

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
-
-from typing_extensions import Self
 
 from streamrec.errors import ConfigError, SourceError
 from streamrec.events import DeadLetter, Decoded, Item, Labeled, Position
 from streamrec.protocols import Source
+from streamrec.sources._closing import Closing
 from streamrec.sources._waiting import Waiting
 
 __all__ = ["Merged"]
@@ -20,7 +18,7 @@ _LOOK = 0.02  # seconds between two looks at sources that have nothing
 _AHEAD = 256  # items read ahead of each source
 
 
-class Merged:
+class Merged(Closing):
     """Several sources as one, in event time, resumable at every event.
 
     `sources`: by name. Of each, the watermark is the newest event time it has given; the next event comes from the
@@ -62,14 +60,6 @@ class Merged:
 
     def __repr__(self) -> str:
         return f"Merged({[lane.name for lane in self._lanes]!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close those of the sources that can be closed. Ends a `read` that waits."""

@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typing_extensions import Self
-
 from streamrec.errors import ConfigError, FullError, SourceError
 from streamrec.events import DeadLetter, Event, Feedback, Impression, Item, Labeled, Position
+from streamrec.sources._closing import Closing
 from streamrec.sources._lines import letter
 from streamrec.sources._segments import Segments
 from streamrec.sources._waiting import Waiting
@@ -24,7 +23,7 @@ _KINDS = {Impression, Feedback, Labeled}
 _POLICIES = ("wait", "refuse", "drop_oldest")
 
 
-class Push:
+class Push(Closing):
     """A source of events that a service hands in with `put`, or `await aput`, from as many threads and tasks as it has.
 
     At most `capacity` events wait to be read. `full`: what happens to a batch for which there is no room. `"wait"`: it
@@ -92,12 +91,6 @@ class Push:
         """How many events wait to be read."""
         with self._room:
             return self._held()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if self._log is not None:
