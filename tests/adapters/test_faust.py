@@ -229,6 +229,22 @@ def test_requests_are_answered_and_bad_ones_told(worker: Worker, tansu: str, tmp
     assert {one.value for one in receive(tansu, dead, 2)} == {sent[1], sent[2]}
 
 
+def test_callbacks_are_told_of_a_training_in_a_worker(worker: Worker, tansu: str, tmp_path: Path) -> None:
+    topic, heard = new_topic(tansu), tmp_path / "heard"
+    send(tansu, topic, labeled(1_500, 1))
+    first = worker(TOPIC=topic, EVERY=500, HEARD=heard)
+    wait_until(lambda: read_all(tmp_path / "store", topic, 1_500), PATIENCE)
+    first.send_signal(signal.SIGTERM)
+    first.wait(60)
+    told = [line.split() for line in heard.read_text().splitlines()]
+    names = [name for name, _ in told]
+    assert told[0] == ["on_train_begin", "0"] and told[-1] == ["on_train_end", "1500"]
+    assert names.count("on_train_begin") == names.count("on_train_end") == 1 and names.count("on_save") >= 1
+    steps = [int(events) for name, events in told if name == "on_step_end"]
+    assert steps == sorted(set(steps)) and steps[-1] == 1_500
+    assert [int(events) for name, events in told if name == "on_log"][-1] == 1_500
+
+
 def test_profiles_come_back_from_their_changelog(worker: Worker, tansu: str) -> None:
     topic, port = new_topic(tansu), free_port()
     shown = [sr.Impression(f"i{n}", 1000.0 + 100 * n, "u1", "p1") for n in range(4)]

@@ -10,6 +10,7 @@ from faust.sensors.prometheus import setup_prometheus_sensors
 
 import streamrec as sr
 from streamrec.adapters.faust import join, profiles, score, train
+from streamrec.trainers import Callback
 
 env = os.environ
 app = faust.App(
@@ -38,6 +39,21 @@ class Slow(sr.Dedup):
         return super().push(events)
 
 
+class Heard(Callback):
+    """Writes down what it is told."""
+
+    every = 100
+
+    def _write(self, name, progress):  # type: ignore[no-untyped-def]
+        with open(env["HEARD"], "a") as file:
+            file.write(f"{name} {progress.events}\n")
+
+    def __getattribute__(self, name):  # type: ignore[no-untyped-def]
+        if name.startswith("on_"):
+            return lambda progress, *told: self._write(name, progress)
+        return super().__getattribute__(name)
+
+
 trainer = sr.OnlineTrainer(
     model=sr.FM(schema, dim=4),
     preprocessors=[Slow(ttl=1e9, capacity=1_000_000)],
@@ -45,6 +61,7 @@ trainer = sr.OnlineTrainer(
     store=env["STORE"],
     checkpoint_every=int(env.get("EVERY", "2000")),
     checkpoint_seconds=1.0,
+    callbacks=[Heard()] if "HEARD" in env else [],
 )
 # compiled before the loop runs
 sr.OnlineTrainer(model=sr.FM(schema, dim=4)).push([sr.Labeled(sr.Impression("i", 1000.0, "u", "p"), 1.0)])

@@ -115,8 +115,10 @@ def test_models_of_versions_that_nobody_reads_are_freed(published: Published) ->
 
 
 def test_it_is_ready_when_there_is_a_version_and_stale_when_the_store_is_silent(tmp_path: Path) -> None:
-    place = tmp_path / "ctr"
-    follower = Follower(lambda: sr.Scorer(sr.Store(place, clock=lambda: 1060.0)), every=0.01, stale_after=0.5)
+    place, now = tmp_path / "ctr", [5_000.0]
+    follower = Follower(
+        lambda: sr.Scorer(sr.Store(place, clock=lambda: 1060.0), clock=lambda: now[0]), every=0.01, stale_after=30.0
+    )
     with follower:
         until(lambda: follower._error is not None)
         assert not follower.ready and follower.status() is None
@@ -126,13 +128,16 @@ def test_it_is_ready_when_there_is_a_version_and_stale_when_the_store_is_silent(
         until(lambda: follower.ready)
         status = follower.status()
         assert status is not None and (status.version, status.age, status.failed) == (1, 60.0, 0)
-        # the store is gone, for longer than is fresh enough, and comes back
+        # the store is gone, for a minute, which is longer than is fresh enough, and comes back
         before = follower.scorer.score(SHOWN[:50]).tobytes()
         shutil.move(place / "versions", tmp_path / "gone")
         (place / "versions").write_text("no folder")
-        until(lambda: not follower.ready)
+        until(lambda: follower.scorer.status().failed > 0)
+        assert follower.ready, "for a second, an old version will do"
+        now[0] += 60.0
+        assert not follower.ready
         status = follower.status()
-        assert status is not None and status.failed > 0 and "Not a directory" in str(status.error)
+        assert status is not None and status.looked == 60.0 and "Not a directory" in str(status.error)
         assert follower.scorer.score(SHOWN[:50]).tobytes() == before
         (place / "versions").unlink()
         shutil.move(tmp_path / "gone", place / "versions")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +72,6 @@ def test_a_better_version_is_promoted_and_scorers_get_it(tmp_path: Path) -> None
     assert {store.served.pinned()} <= {version.number for version in store.versions.list()}
 
 
-class Breaks(sr.Memory):
-    """A source that is gone after so many events, as a process is that is killed: nothing is saved on the way out."""
-
-    left = 5_000
-
-    def read(self, limit: int) -> list[Any]:
-        self.left -= limit
-        if self.left < 0:
-            raise sr.SourceError("gone")
-        return super().read(limit)
-
-
 HOUR = slice(8_000, 14_000)  # of the stream below
 TAIL = 6_000
 
@@ -143,43 +135,80 @@ def test_what_a_poisoned_hour_taught_is_unlearned(
     assert first.report().counts["unlearned"] == counts["unlearned"]
 
 
+END = HOUR.stop + 1_500
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, poisoned: list[sr.Labeled]) -> sr.OnlineTrainer:
     one = watchful(tmp_path_factory.mktemp("whole"))
-    one.run(sr.Memory(poisoned[: HOUR.stop + 1_500]))
+    one.run(sr.Memory(poisoned[:END]))
     return one
 
 
-@pytest.mark.parametrize("moment", ["verdict", "reload", "later"])
-def test_a_run_that_broke_unlearns_what_it_would_have(
-    tmp_path: Path,
-    whole: sr.OnlineTrainer,
-    poisoned: list[sr.Labeled],
-    moment: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    parts = watchful(tmp_path / "parts")
-    go_back = sr.OnlineTrainer._go_back
+class Dies(sr.Memory):
+    """A source whose process is killed after so many events."""
 
-    def broken(self: sr.OnlineTrainer, version: int) -> None:
+    left = 0
+
+    def read(self, limit: int) -> list[Any]:
+        self.left -= limit
+        if self.left < 0:
+            die()
+        return super().read(limit)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder: str, moment: str) -> None:
+    """Run over the stream in a process that is killed at a moment: at the verdict, when the learner has gone back, when
+    the version of then is published and its checkpoint is not, or after so many events."""
+    stream = [
+        *events(0, HOUR.start),
+        *events(HOUR.start, HOUR.stop - HOUR.start, flipped=True),
+        *events(HOUR.stop, TAIL),
+    ]
+    one, source = watchful(Path(folder)), Dies(stream[:END])
+    source.left = int(moment) if moment.isdigit() else len(stream)
+    go_back, write = one._go_back, one._checkpoints._saver.write
+
+    def when_it_goes_back(version: int) -> None:
+        if moment == "verdict":
+            die()
+        go_back(version)
         if moment == "reload":
-            go_back(self, version)
-        raise sr.SourceError("gone")
+            die()
+        one._checkpoints._saver.write = when_it_writes  # type: ignore[method-assign]
 
-    source = sr.Memory(poisoned[: HOUR.stop + 1_500])
-    if moment == "later":
-        source = Breaks(poisoned[: HOUR.stop + 1_500])
-        source.left = HOUR.stop + 1_300
-    else:
-        monkeypatch.setattr(sr.OnlineTrainer, "_go_back", broken)
-    with pytest.raises(sr.SourceError):
-        parts.run(source)
-    monkeypatch.undo()
-    again = watchful(tmp_path / "parts")
-    again.run(sr.Memory(poisoned[: HOUR.stop + 1_500]))
+    def when_it_writes(shelf: Any, cut: Any) -> Any:
+        version = write(shelf, cut)
+        if moment == "published" and cut.published:
+            die()
+        return version
+
+    one._go_back = when_it_goes_back  # type: ignore[method-assign]
+    one.run(source)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("moment", ["5000", "verdict", "reload", "published", str(HOUR.stop + 1_300)])
+def test_a_run_that_broke_decides_what_it_would_have(
+    tmp_path: Path, whole: sr.OnlineTrainer, poisoned: list[sr.Labeled], moment: str
+) -> None:
+    code = "import sys; from tests.trainers.test_gate import killed; killed(*sys.argv[1:])"
+    root = str(Path(__file__).parents[2])
+    child = subprocess.run([sys.executable, "-c", code, str(tmp_path), moment], cwd=root, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    again = watchful(tmp_path)
+    again.run(sr.Memory(poisoned[:END]))
     assert whole.report().counts["unlearned"] > 0
-    for part in ("model", "metrics", "gate", "counts"):
+    for part in ("model", "metrics", "counts", *(["gate"] if moment != "published" else [])):
         assert first_difference(whole.state_dict()[part], again.state_dict()[part]) is None, part
+    usual, told = (reasons(one.store) for one in (whole, again))  # type: ignore[arg-type]
+    if moment == "published":  # that version is published again, by another number, and what was decided is told again
+        usual, told = ([*{why for why in each if "goes back" in why}] for each in (usual, told))
+    assert told == usual != []
 
 
 def test_a_learner_whose_way_back_is_gone_goes_on(tmp_path: Path, poisoned: list[sr.Labeled]) -> None:
@@ -194,17 +223,43 @@ def test_a_learner_whose_way_back_is_gone_goes_on(tmp_path: Path, poisoned: list
     assert any("it goes on as it is, for no checkpoint of that is left" in why for why in reasons(store))
 
 
-def test_a_run_that_broke_decides_what_it_would_have(tmp_path: Path) -> None:
-    stream = events(0, 9_000)
-    whole = trainer(tmp_path / "whole")
-    whole.run(sr.Memory(stream))
-    with pytest.raises(sr.SourceError):
-        trainer(tmp_path / "parts").run(Breaks(stream))
-    again = trainer(tmp_path / "parts")
-    again.run(sr.Memory(stream))
-    for part in ("model", "metrics", "gate"):
-        assert first_difference(whole.state_dict()[part], again.state_dict()[part]) is None, part
-    assert reasons(whole.store) == reasons(again.store)  # type: ignore[arg-type]
+@pytest.mark.filterwarnings("ignore::streamrec.storage.DamagedWarning")
+def test_where_a_kept_checkpoint_is_damaged_the_learner_goes_back_to_an_older_one(
+    tmp_path: Path, whole: sr.OnlineTrainer, poisoned: list[sr.Labeled]
+) -> None:
+    says = "the learner goes back to the checkpoint of version "
+    assert whole.store is not None
+    [usual] = [int(why[len(says) :].split(":")[0]) for why in reasons(whole.store) if why.startswith(says)]
+    one = watchful(tmp_path)
+    one.run(sr.Memory(poisoned), limit=HOUR.stop)
+    assert one.store is not None
+    number = one.store.checkpoint_of(usual)
+    [payload] = (tmp_path / "checkpoints").glob(f"{number:010d}-*")
+    content = bytearray(payload.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    payload.write_bytes(content)
+    one.run(_from(poisoned, HOUR.stop), limit=1_500)
+    told = reasons(one.store)
+    first = next(
+        n for n, why in enumerate(told) if why.startswith(f"the checkpoint of version {usual} cannot be read: ")
+    )
+    older = next(int(why[len(says) :].split(":")[0]) for why in told[first:] if why.startswith(says))
+    assert older < usual
+    assert one.report().counts["unlearned"] > whole.report().counts["unlearned"] > 0
+    # and what is served has learned nothing of the hour
+    assert loss_of(one.store, poisoned[HOUR.stop :]) < loss_of(whole.store, poisoned[HOUR.stop :]) + 0.02
+
+
+def test_an_hour_longer_than_the_watch_is_learned_and_learned_over(tmp_path: Path, poisoned: list[sr.Labeled]) -> None:
+    """What there was before it is known no more: nothing is unlearned, and newer versions are better soon."""
+    one = trainer(tmp_path, watch=3_000, every=500)
+    one.run(sr.Memory(poisoned), limit=HOUR.stop)
+    assert one.store is not None
+    clean = events(90_000, 2_000)
+    taught = loss_of(one.store, clean)
+    one.run(_from(poisoned, HOUR.stop))
+    assert one.report().counts["unlearned"] == 0 and not any("goes back" in why for why in reasons(one.store))
+    assert taught > 0.65 and loss_of(one.store, clean) < taught - 0.15
 
 
 class Noisy:

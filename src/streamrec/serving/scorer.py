@@ -47,7 +47,8 @@ class Scorer:
     `refresh` on a thread of its own.
 
     `model`: makes an empty model to load a version into. Only needed for a model of your own; an FM is built from what
-    was published with it. Safe to call from several threads. Raises `StoreError` where nothing is published yet.
+    was published with it. `clock`: seconds, by which it is told how long the store has been silent. Safe to call from
+    several threads. Raises `StoreError` where nothing is published yet.
 
     For an FM, `rank` and `retrieve` compute what the candidates share once, and keep what the items of the catalogue
     bring. Their scores are those of `score` but for the order in which float32 numbers are added: to 1e-5, where the
@@ -67,7 +68,13 @@ class Scorer:
     ['p2']
     """
 
-    def __init__(self, store: Store | str | os.PathLike[str], *, model: Callable[[], Model] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store | str | os.PathLike[str],
+        *,
+        model: Callable[[], Model] | None = None,
+        clock: Callable[[], float] = _time.monotonic,
+    ) -> None:
         self.store = Store(store) if isinstance(store, (str, os.PathLike)) else store
         self._loader = Loader(self.store.versions, model)
         self._counts: Counter[str] = Counter()
@@ -80,7 +87,8 @@ class Scorer:
             )
         self._serving = serving
         self._passed_over: Version | None = None  # the newest, where it was damaged: not read again and again
-        self._looked: tuple[float, int, str | None] = (_time.monotonic(), 0, None)  # replaced as a whole
+        self._clock = clock
+        self._looked: tuple[float, int, str | None] = (clock(), 0, None)  # replaced as a whole
 
     @property
     def version(self) -> Version:
@@ -113,7 +121,7 @@ class Scorer:
             except Exception as error:
                 self._looked = (self._looked[0], failed + 1, f"{type(error).__name__}: {error}")
                 raise
-            self._looked = (_time.monotonic(), 0, None)
+            self._looked = (self._clock(), 0, None)
             return swapped
 
     def _refresh(self) -> bool:
@@ -141,7 +149,7 @@ class Scorer:
         looked, failed, error = self._looked
         version = self.version
         age = max(0.0, self.store.clock() - version.created)
-        return Status(version.number, age, _time.monotonic() - looked, failed, error)
+        return Status(version.number, age, self._clock() - looked, failed, error)
 
     def view(self) -> View:
         """What is served now, for one request: all that it answers is by one version, and it says which."""

@@ -47,7 +47,7 @@ class Callback:
     """Events between two calls of `on_log`, at least: it comes after the micro-batch that completes them."""
 
     def on_train_begin(self, progress: Progress) -> None:
-        """A `run` begins; what it goes on from has been read."""
+        """A training begins, by `run` or `OnlineTrainer.training`; what it goes on from has been read."""
 
     def on_step_end(self, progress: Progress) -> None:
         """A micro-batch of a stream, or a window of an archive, was learned."""
@@ -63,7 +63,7 @@ class Callback:
         """A checkpoint is on disk."""
 
     def on_train_end(self, progress: Progress) -> None:
-        """A `run` has ended, whatever has ended it."""
+        """It has ended, whatever has ended it."""
 
 
 class Calls:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec.batch import Batch
-from streamrec.errors import ConfigError, StoreError
+from streamrec.errors import ConfigError, DamagedError, StoreError
 from streamrec.evaluators._accumulate import CLIP
 from streamrec.protocols import Model
 from streamrec.storage import Store
@@ -169,14 +169,19 @@ class Gate:
         trial = self._trial
         return trial.high < self.worse or trial.low > 0 or trial.seen >= self.patience
 
-    def decide(self) -> int | None:
+    def decide(self, restore: Callable[[int], object] | None = None) -> None:
         """Promote, turn down, roll back, and begin the next trial; where nothing is due, that alone. Writes to the
-        store. Returns the version whose checkpoint the learner has to go back to. Raises `StoreError`."""
+        store. Raises `StoreError`.
+
+        `restore`: makes the learner what it was when a version was cut; raises `DamagedError` where the checkpoint of
+        that cannot be read, and an older one is tried.
+        """
         store = self._require()
         self._earlier = self._used()
         if store.served.pinned() not in self._used():
             self._follow()  # somebody else has decided, and not this gate just before a crash
-        back = self._go_back() if self.regressed else None
+        if self.regressed:
+            self._go_back(restore)
         if self._watch.regressed:
             self._roll_back()
         if self._watched:
@@ -192,7 +197,6 @@ class Gate:
                 store.served.note(f"version {versions['challenger']} is turned down: {why}: {told}", time=self._time)
             self._end_trial()
         self._begin()
-        return back
 
     def _roll_back(self) -> None:
         (low, seen), before = self._watch.found, self._versions["before"]
@@ -206,49 +210,68 @@ class Gate:
         self._models["champion"], self._versions["champion"] = model, before
         self._past = past  # they may be better than the one that is served now: the learner's turn will show
 
-    def _go_back(self) -> int | None:
+    def _go_back(self, restore: Callable[[int], object] | None) -> None:
         """To the newest version that is as good as the best, of those there were since the one before, by the labels
         that say that the learner is worse; that is served, too, unless what is served is as good."""
         store = self._require()
         (low, seen), anchor, champion = self._learning.found, self._anchor, self._versions["champion"]
         assert anchor is not None and champion is not None
-        good = self._as_good(seen)
-        back = max(good, default=None)
+        good, fair = self._candidates(seen)
         why = f"{low:.2%} more log loss at least than version {self._versions[anchor]}, over {seen:,} labels"
-        if back is None:
+        for back in (*good, *fair):
+            try:
+                if restore is not None:
+                    restore(back)
+                break
+            except DamagedError as error:
+                store.served.note(f"the checkpoint of version {back} cannot be read: {error}", time=self._time)
+        else:
             told = f"the learner has {why}; it goes on as it is, for no checkpoint of that is left"
             store.served.note(told, time=self._time)
             self._watch_learner()
-            return None
+            return
         if champion not in good:
-            self._serve(back, f"version {champion} is worse than it, of a learner that has {why}")
+            # the version can be read, whatever has become of its checkpoint
+            best = good[0] if good else back
+            self._serve(best, f"version {champion} is worse than it, of a learner that has {why}")
         store.served.note(f"the learner goes back to the checkpoint of version {back}: it has {why}", time=self._time)
         newest = store.versions.latest()
         self._follow()
         self._trial.last = None if newest is None else newest.number  # of the learner as it was
-        return back
 
-    def _as_good(self, seen: int) -> list[int]:
-        """The versions to go back to whose loss over the last `seen` labels is not told apart from the least."""
+    def _candidates(self, seen: int) -> tuple[list[int], list[int]]:
+        """The versions to go back to, by the last `seen` labels, newest first: those whose loss is not told apart from
+        the least; and others that are not worse than what the learner is compared to, by more than `worse`."""
         store, rows = self._require(), self._recent.last(min(seen, self.every))
+        anchor = self._versions[self._anchor or "champion"]
         there = {one.number for one in store.versions.list()}
         names = {*self._past, *(version for version, _ in self._line)} | {
             version for name in ("before", "champion") if (version := self._versions[name]) is not None
         }
-        losses = {}
-        for version in sorted(names & there):
-            if rows is not None and store.checkpoint_of(version) is not None:
+        losses: dict[int, NDArray[np.float64]] = {}
+        for version in sorted(names & there, reverse=True):
+            if rows is None or store.checkpoint_of(version) is None:
+                continue
+            try:
                 scores = np.clip(self._read(version).predict(rows.batch).astype(np.float64), CLIP, 1 - CLIP)
-                losses[version] = -np.log(np.where(rows.labels > 0.5, scores, 1 - scores))
-        means = {version: float(loss.mean()) for version, loss in losses.items() if np.isfinite(loss).all()}
-        if not means:
-            return []
+            except DamagedError as error:
+                store.served.note(f"version {version} cannot be read: {error}", time=self._time)
+                continue
+            loss = -np.log(np.where(rows.labels > 0.5, scores, 1 - scores))
+            if np.isfinite(loss).all():
+                losses[version] = loss
+        if not losses:
+            return [], []
+        means = {version: float(loss.mean()) for version, loss in losses.items()}
         best = losses[min(means, key=lambda version: means[version])]
-        return [
+        good = [
             version
-            for version in means
-            if (losses[version] - best).mean() <= 2 * (losses[version] - best).std() / math.sqrt(len(best))
+            for version, loss in losses.items()
+            if (loss - best).mean() <= 2 * (loss - best).std() / math.sqrt(len(best))
         ]
+        reference = next((loss for version, loss in losses.items() if version == anchor), best)
+        most = (1 + self.worse) * float(reference.mean())
+        return good, [version for version in means if version not in good and means[version] <= most]
 
     def _serve(self, version: int | None, why: str) -> None:
         store = self._require()

@@ -6,8 +6,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from streamrec.batch import Batch
-from streamrec.errors import ConfigError, DamagedError, StoreError
+from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import ProgressiveValidation, Report
 from streamrec.evaluators.calibration import Calibrated, Calibrator, calibrator_from
 from streamrec.events import (
@@ -434,13 +434,23 @@ class OnlineTrainer:
             position = self.resume()
             if position is not None:
                 source.seek(position)
+        with self.training():
+            interrupted = self._run_to_its_end(source, limit)
+        return self.report(interrupted=interrupted)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Tell the callbacks that a training begins here, and at its end all that they have not heard: around a loop of
+        your own; `run` does it."""
         self._calls.go_on(self._progress)
         try:
-            return self._run_to_its_end(source, limit)
+            yield
+            if self._calls:
+                self._calls.log(self._progress, self.report(), all_of_them=True)
         finally:
             self._calls.tell("on_train_end", self._progress)
 
-    def _run_to_its_end(self, source: Source, limit: int | None) -> Report:
+    def _run_to_its_end(self, source: Source, limit: int | None) -> bool:
         try:
             interrupted = self._run(source, limit)
         except BaseException:
@@ -454,9 +464,7 @@ class OnlineTrainer:
             self._take_lap()
         self._checkpoints.release()
         self._tell_saved()
-        if self._calls:
-            self._calls.log(self._progress, self.report(), all_of_them=True)
-        return self.report(interrupted=interrupted)
+        return interrupted
 
     def _run(self, source: Source, limit: int | None) -> bool:
         """Learn from `source` and cut checkpoints on the way; true where a signal has ended it."""
@@ -548,9 +556,7 @@ class OnlineTrainer:
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
         if self.gate is not None:
-            back = self.gate.decide()
-            if back is not None:
-                self._go_back(back)
+            self.gate.decide(self._go_back)
         part = 0 if self.archive is None else self.archive.cut()
         model, base, copied = self._saver.cut(published=False)
         info = {"model": description(self.model), "metrics": plain(self.validation.compute()), "archive": part}
@@ -560,14 +566,11 @@ class OnlineTrainer:
     def _go_back(self, version: int) -> None:
         """Take what the model and its calibration were when this version was cut, and count what was learned since.
 
-        The source, the join, the preprocessors and the metrics stay as they are: no event comes twice.
+        The source, the join, the preprocessors and the metrics stay as they are: no event comes twice. Raises
+        `DamagedError`, and has changed nothing then.
         """
         store = self._require_store()
-        try:
-            _, state = store.checkpoints.read(store.checkpoint_of(version))  # type: ignore[misc]  # a gate has looked
-        except DamagedError as error:
-            store.served.note(f"the learner goes on as it is: {error}")
-            return
+        _, state = store.checkpoints.read(store.checkpoint_of(version))  # type: ignore[misc]  # a gate has looked
         rungs = None if self._tuner is None else self._tuner.rungs
         self._saver.forget()
         self.model.load_state_dict(state["model"])

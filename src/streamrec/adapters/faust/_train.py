@@ -16,6 +16,7 @@ from streamrec.adapters.faust._owner import NotOwner, Owner, Reading, Underway
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import DeadLetter, Event, Position, decode_event
 from streamrec.preprocessors import DeadLetters
+from streamrec.sources import Kafka
 from streamrec.trainers import OnlineTrainer
 
 __all__ = ["Notice", "train"]
@@ -122,21 +123,26 @@ class _Trainer(Owner):
             else:
                 self._saved = source.position()
             log.info("this worker owns %r and learns from it, from %s", self.reading.topic, self._saved)
-            at = self._saved
-            while not self.enough.is_set():
-                items = source.read(self.reading.batch)
-                if items:
-                    trainer.push(items)
-                    at = source.position()
-                    self.count("streamrec_events", len(items))
-                    for letter in letters:
-                        if "offset" in letter.position:  # of a message, not of a value without which it was learned
-                            self.bury(letter, underway)
-                    letters.clear()
-                if trainer.checkpoint_due and at != self._saved:
-                    self._checkpoint(at, underway)
-            if at != self._saved:
+            with trainer.training():
+                self._learn_from(source, letters, underway)
+
+    def _learn_from(self, source: Kafka, letters: list[DeadLetter], underway: Underway) -> None:
+        trainer = self._trainer
+        at = self._saved
+        while not self.enough.is_set():
+            items = source.read(self.reading.batch)
+            if items:
+                trainer.push(items)
+                at = source.position()
+                self.count("streamrec_events", len(items))
+                for letter in letters:
+                    if "offset" in letter.position:  # of a message, not of a value without which it was learned
+                        self.bury(letter, underway)
+                letters.clear()
+            if trainer.checkpoint_due and at != self._saved:
                 self._checkpoint(at, underway)
+        if at != self._saved:
+            self._checkpoint(at, underway)
 
     def _checkpoint(self, at: Position, underway: Underway) -> None:
         """Save, if this worker still owns the topic; raises `NotOwner` where it does not."""
