@@ -112,7 +112,10 @@ METRICS: dict[str, list[Callable[[], Metric]]] = {
     "NDCG": [lambda: sr.NDCG(k=3, capacity=64)],
     "Recall": [lambda: sr.Recall(k=3, capacity=64, by=lambda impression: impression.user[-1])],
     "Coverage": [lambda: sr.Coverage(size=50)],
-    "Slices": [lambda: sr.Slices(by="request", metrics=[sr.AUC(), sr.ConversionRate(of="purchase")])],
+    "Slices": [
+        lambda: sr.Slices(by="request", metrics=[sr.AUC(), sr.ConversionRate(of="purchase")]),
+        lambda: sr.Slices(by="request", metrics=[sr.GAUC(capacity=64), sr.CTR(), sr.Coverage(size=50)]),
+    ],
 }
 DETECTORS: dict[str, Callable[[], Any]] = {
     "ADWIN": lambda: sr.ADWIN(clock=4),

@@ -114,7 +114,7 @@ def test_notes_are_asked_for() -> None:
         lambda: NDCG(k=0),
         lambda: Coverage(size=0),
         lambda: sr.Slices(by="country", metrics=[]),
-        lambda: sr.Slices(by="country", metrics=[GAUC()]),
+        lambda: sr.Slices(by="country", metrics=[sr.Slices(by="item", metrics=[sr.AUC()])]),
         lambda: sr.Slices(by="country", metrics=[sr.AUC()], limit=0),
     ],
 )
@@ -137,3 +137,27 @@ def test_slices_beyond_the_limit_are_pooled() -> None:
         "CTR[country=(none)]": 1.0,
     }
     assert "CTR[buy, country=A]" in slices.compute()
+
+
+def test_a_slice_of_a_metric_within_groups_is_that_metric_of_the_slice_alone() -> None:
+    rng = np.random.default_rng(4)
+    lands = ["NO" if land else "IT" for land in rng.integers(2, size=600).tolist()]
+    shown = [
+        sr.Impression(
+            f"i{n}", 0.0, f"u{rng.integers(9)}", f"p{rng.integers(30)}", {"land": land, "request": f"r{n // 6}"}
+        )
+        for n, land in enumerate(lands)
+    ]
+    metrics = [GAUC(), NDCG(k=2), sr.Recall(k=2), Coverage(size=40), sr.AUC()]
+    slices = sr.Slices(by="land", metrics=metrics)
+    labels, scores = (rng.random(600) < 0.3).astype(np.float32), rng.random(600, dtype=np.float32)
+    slices.update(labels, scores, None, "click", slices.note(shown, None))  # type: ignore[arg-type]
+    rows = [n for n, land in enumerate(lands) if land == "NO"]
+    for metric in metrics:
+        alone: Any = metric.fresh()
+        columns: list[Any] = [labels[rows], scores[rows], None, "click"]
+        if hasattr(alone, "note"):
+            columns.append(alone.note([shown[row] for row in rows], None))
+        alone.update(*columns)
+        assert slices.compute()[f"{metric.name}[land=NO]"] == alone.compute()
+        assert slices.interval()[f"{metric.name}[land=NO]"] == alone.interval()

@@ -30,7 +30,7 @@ def trainer(store: Any = None, metrics: Any = None) -> sr.OnlineTrainer:
     usual = [
         sr.AUC(),
         GAUC(),
-        sr.Slices(by="country", metrics=[sr.CTR(), sr.AUC()]),
+        sr.Slices(by="country", metrics=[sr.CTR(), sr.AUC(), sr.GAUC(), sr.NDCG(k=3)]),
         NDCG(k=3),
         Coverage(size=11),
     ]
@@ -58,6 +58,7 @@ def test_how_the_stream_is_cut_does_not_show() -> None:
     assert 0.0 < report.metrics["NDCG@3"] <= 1.0
     assert report.metrics["CTR[country=GB]"] == 1.0  # every third impression is both clicked and from GB
     assert report.metrics["CTR[country=FR]"] < 0.2
+    assert {"GAUC[country=FR]", "NDCG@3[country=FR]", "NDCG@3[country=(none)]"} <= {*report.metrics}
     assert {"GAUC", "CTR[country=GB]"} <= set(report.windows[1].metrics)
     assert "CTR[country=(none)]" in str(report)
 

@@ -27,7 +27,8 @@ class Slices:
     `by`: `"user"`, `"item"`, a feature, or a function of the impression that gives a text; `name` stands for it in the
     report (its own name: None). The first `limit` values have slices of their own, in the order in which their labels
     become known; what comes later is `(other)`, what has no value `(none)`. Values are told apart by the first 48 bytes
-    of their text. Parts merge into the whole where there are no more than `limit` values.
+    of their text. Of metrics within groups, such as `GAUC`, each slice has its own `capacity` of cells. Parts merge
+    into the whole where there are no more than `limit` values.
 
     >>> from streamrec import CTR, FM, Id, Labeled, OnlineTrainer, Schema
     >>> shown = [Impression(f"i{n}", float(n), "u1", "p1", {"country": ["GB", "FR"][n % 2]}) for n in range(4)]
@@ -37,15 +38,12 @@ class Slices:
     {'CTR[country=GB]': 0.0, 'CTR[country=FR]': 1.0}
     """
 
-    notes = np.dtype(f"S{_LONGEST}")
-    """What is noted of an impression: the beginning of its value, in UTF-8."""
-
     def __init__(self, *, by: Rule, metrics: Sequence[Metric], limit: int = 100, name: str | None = None) -> None:
         if not metrics:
             raise ConfigError("metrics must name one at least, such as [AUC()]")
         for metric in metrics:
-            if isinstance(metric, (type, NotedMetric)) or not isinstance(metric, Metric):
-                raise ConfigError(f"metrics must be of labels and scores alone, such as AUC(), got {metric!r}")
+            if isinstance(metric, (type, Slices)) or not isinstance(metric, Metric):
+                raise ConfigError(f"metrics must be metric objects such as AUC(), and no slices, got {metric!r}")
         if not isinstance(limit, int) or limit < 1:
             raise ConfigError(f"limit must be a number of slices >= 1, got {limit!r}")
         self._by = By(by)
@@ -53,12 +51,23 @@ class Slices:
         self._metrics = list(metrics)
         self._limit = limit
         self._slices: dict[str, list[Metric]] = {}
+        self._noted = {place: metric for place, metric in enumerate(metrics) if isinstance(metric, NotedMetric)}
+        self.notes: np.dtype[Any] = np.dtype(
+            [("slice", f"S{_LONGEST}"), *((str(place), metric.notes) for place, metric in self._noted.items())]
+        )
+        """What is noted of an impression: the beginning of its value, in UTF-8; and what the metrics note of it, by
+        their places."""
         self.kinds = tuple(dict.fromkeys(kind for metric in metrics for kind in metric.kinds))
         self.name = f"Slices[{self._label}: {', '.join(metric.name for metric in metrics)}]"
 
-    def note(self, impressions: Sequence[Impression], batch: Batch) -> NDArray[np.bytes_]:
-        """`S48` `(n,)`: the value of each impression. Changes nothing."""
-        return np.array([self._named(one).encode("utf-8", "replace") for one in impressions], dtype=self.notes)
+    def note(self, impressions: Sequence[Impression], batch: Batch) -> NDArray[Any]:
+        """`(n,)` of the type `notes`: the value of each impression, and what the metrics note of it. Changes
+        nothing."""
+        notes = np.empty(len(impressions), dtype=self.notes)
+        notes["slice"] = [self._named(one).encode("utf-8", "replace") for one in impressions]
+        for place, metric in self._noted.items():
+            notes[str(place)] = metric.note(impressions, batch)
+        return notes
 
     def _named(self, impression: Impression) -> str:
         text = self._by.text(impression)
@@ -80,13 +89,16 @@ class Slices:
                 f"{self.name} needs what note() gave for each of {len(labels)} labels, got "
                 f"{'none' if notes is None else len(notes)}; it works in an OnlineTrainer, which sees impressions"
             )
-        values, firsts, places = np.unique(notes, return_index=True, return_inverse=True)
+        values, firsts, places = np.unique(notes["slice"], return_index=True, return_inverse=True)
         for which in np.argsort(firsts).tolist():
             rows = np.flatnonzero(places == which)
             name = values[which].decode("utf-8", "ignore")
-            for metric in self._of(name):
-                if kind in metric.kinds:
-                    metric.update(labels[rows], scores[rows], None if weights is None else weights[rows], kind)
+            columns = labels[rows], scores[rows], None if weights is None else weights[rows], kind
+            for place, metric in enumerate(self._of(name)):
+                if kind in metric.kinds and isinstance(metric, NotedMetric):
+                    metric.update(*columns, notes[str(place)][rows])  # type: ignore[call-arg]
+                elif kind in metric.kinds:
+                    metric.update(*columns)
 
     def _of(self, name: str) -> list[Metric]:
         if name not in self._slices:
