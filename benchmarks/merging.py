@@ -77,6 +77,7 @@ def main(count: int = 400_000) -> None:
         for copies in (2, 4, 8):
             for apart in (6_250, 25_000):
                 show(f"{copies} copies, {apart:,} rows apart", copies, apart)
+            show(f"{copies} copies, once an epoch after the first", copies, count)
         show("2 copies, 25,000 apart, no short rounds at first", 2, 25_000, ramp=False)
         show("4 copies, 25,000 apart, no short rounds at first", 4, 25_000, ramp=False)
         try:

@@ -12,8 +12,6 @@ from streamrec.storage import EncodedRows
 
 __all__ = ["Cuts", "Share"]
 
-FEWEST_ROUNDS = 2
-"""In an epoch. More do no better, and each costs what a merge does."""
 FIRST_STEP = 500
 """Rows that each copy of a new model learns before the first merge; then, of two, as many again as it has learned by
 then, and so on, and fewer of more: what a model learns first moves it most, and the more the more copies there are."""
@@ -35,14 +33,13 @@ class Cuts(NamedTuple):
     def rounds(self) -> int:
         if self.copies == 1:
             return -(-self.rows // self.window)
-        most = self.copies * self.apart
-        return max(-(-self.rows // most), min(FEWEST_ROUNDS, self.rows // self.copies), min(self.rows, 1))
+        return -(-self.rows // (self.copies * self.apart))
 
     def begin(self, number: int) -> int:
         """The first row of a round."""
         if self.copies == 1:
             return min(self.rows, number * self.window)
-        return self.rows * number // self.rounds
+        return self.rows * number // max(self.rounds, 1)
 
     def part(self, number: int, copy: int) -> tuple[int, int]:
         """The rows of a round that are one copy's."""
@@ -52,6 +49,12 @@ class Cuts(NamedTuple):
     def longest(self, number: int) -> int:
         """Rows of the copy that has most of a round."""
         return -(-(self.begin(number + 1) - self.begin(number)) // self.copies)
+
+    def blocks(self, number: int) -> list[int]:
+        """Where in a round, in rows of the longest part, a copy's blocks of a window at most end: ascending from 0."""
+        length = self.longest(number)
+        count = max(1, -(-length // self.window))
+        return [length * n // count for n in range(count + 1)]
 
     def steps(self, number: int, *, first: bool) -> list[int]:
         """Where in a round, in rows of the longest part, the copies merge: ascending from 0 to its length. `first`:
@@ -70,7 +73,8 @@ class Cuts(NamedTuple):
 class Share:
     """A source of the rows that copy number `copy` learns, a window at a time.
 
-    Keeps what it has decoded for the next epoch, up to `keep` bytes.
+    Reads them in blocks, as long as a window at most, which are what a later epoch learns at a time, and keeps these
+    for it, up to `keep` bytes. Holds one more, however far merges are apart.
     """
 
     def __init__(self, rows: EncodedRows, cuts: Cuts, copy: int, *, keep: int) -> None:
@@ -78,9 +82,9 @@ class Share:
         self._cuts = cuts
         self._copy = copy
         self._keep = keep
-        self._kept: dict[int, LabeledRows] = {}
+        self._kept: dict[tuple[int, int], LabeledRows] = {}
         self._bytes = 0
-        self._held: tuple[int, LabeledRows] | None = None
+        self._held: tuple[tuple[int, int], LabeledRows] | None = None
         self.first = False
         """Whether the epoch is the first."""
         self.merges = True
@@ -93,42 +97,49 @@ class Share:
         return self._rows.schema
 
     def read(self, limit: int) -> LabeledRows | None:
-        """The next window, which may be empty; None at the end. `limit`: rows of it, at most."""
-        cuts = self._cuts
-        if self._round >= cuts.rounds:
+        """The next window, which may be empty; None at the end. `limit`: rows of it, at most: those of a window."""
+        cuts, number = self._cuts, self._round
+        if number >= cuts.rounds:
             return None
-        steps = cuts.steps(self._round, first=self.first)
-        longest = max(cuts.longest(self._round), 1)
-        part = self._part(self._round)
-        begin, end = (steps[self._step + n] * len(part.labels) // longest for n in (0, 1))
-        windows = max(1, -(-(steps[self._step + 1] - steps[self._step]) // limit))  # as many in each copy
-        here, there = (begin + (end - begin) * (self._window + n) // windows for n in (0, 1))
+        longest = max(cuts.longest(number), 1)
+        first, last = cuts.part(number, self._copy)
+        blocks, steps, window = cuts.blocks(number), cuts.steps(number, first=self.first), self._next()
+        block = bisect_right(blocks, window[0]) - 1
+        # as many windows in each copy, though their parts may differ by a row
+        begin, end, here, there = (n * (last - first) // longest for n in (*blocks[block : block + 2], *window))
         self._window += 1
-        self.merges = self._window == windows
+        self.merges = window[1] == steps[self._step + 1]
         if self.merges:
             self._window, self._step = 0, self._step + 1
             if self._step == len(steps) - 1:
                 self._step, self._round = 0, self._round + 1
-        return part if there - here == len(part.labels) else part.take(slice(here, there))
+        rows = self._block((number, block), first + begin, first + end)
+        return rows if there - here == end - begin else rows.take(slice(here - begin, there - begin))
 
-    def _part(self, number: int) -> LabeledRows:
-        """This copy's rows of a round."""
-        if number in self._kept:
-            return self._kept[number]
-        if self._held is None or self._held[0] != number:
-            begin, end = self._cuts.part(number, self._copy)
+    def _next(self) -> tuple[int, int]:
+        """Where the next window lies in its round, in rows of the longest part: they end where blocks or steps do."""
+        steps = self._cuts.steps(self._round, first=self.first)
+        edges = sorted({*steps, *self._cuts.blocks(self._round)})
+        place = edges.index(steps[self._step]) + self._window
+        return edges[place], edges[place + 1]
+
+    def _block(self, name: tuple[int, int], begin: int, end: int) -> LabeledRows:
+        """The rows of the data set from `begin` to `end`."""
+        if name in self._kept:
+            return self._kept[name]
+        if self._held is None or self._held[0] != name:
             self._held = None
             # what is left of a round for this copy may be nothing
             self._rows.load_state_dict({"row": min(begin, self._cuts.rows - 1)})
             found = self._rows.read(max(end - begin, 1))
             assert found is not None
-            part = found if end > begin else found.take(slice(0, 0))
-            size = _size(part)
+            block = found if end > begin else found.take(slice(0, 0))
+            size = _size(block)
             if self._bytes + size <= self._keep:
-                self._kept[number] = part
+                self._kept[name] = block
                 self._bytes += size
-                return part
-            self._held = number, part
+                return block
+            self._held = name, block
         return self._held[1]
 
     def span(self) -> tuple[float, float] | None:
@@ -139,11 +150,8 @@ class Share:
         """The share that all copies have read; in all of them the same after as many reads."""
         if self._round >= self._cuts.rounds:
             return 1.0
-        steps = self._cuts.steps(self._round, first=self.first)
-        step = steps[self._step + 1] - steps[self._step]
-        windows = max(1, -(-step // self._cuts.window))
-        done = steps[self._step] + step * self._window // windows
-        return min(1.0, (self._cuts.begin(self._round) + done * self._cuts.copies) / self._cuts.rows)
+        done = self._cuts.begin(self._round) + self._next()[0] * self._cuts.copies
+        return min(1.0, done / self._cuts.rows)
 
     def state_dict(self) -> State:
         """Where it stands at a merge: the first `row` of the round, and the `step` in it."""
