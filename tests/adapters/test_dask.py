@@ -156,6 +156,25 @@ def test_parquet_of_events_with_features_as_columns(client: Any, tmp_path: Path)
     assert_equal(found, expected)
 
 
+def test_a_dataframe_is_an_archive(client: Any, tmp_path: Path) -> None:
+    frames = pytest.importorskip("dask.dataframe")
+    pandas = pytest.importorskip("pandas")
+    good = [one for one in make_stream(3, 300, messy=False, labeled=0.0) if not isinstance(one, DeadLetter)]
+    plain = [msgspec.json.decode(encode_event(one)) for one in good]
+    columns = [{**{k: v for k, v in one.items() if k != "features"}, **one.get("features", {})} for one in plain]
+    columns[5] = {**columns[5], "type": "nothing"}
+    frame = pandas.DataFrame(columns)  # where nothing is, it has nan
+    with pytest.importorskip("dask").config.set({"dataframe.convert-string": False}):  # else of lists, too
+        archive = frames.from_pandas(frame, npartitions=5, sort=False)
+        rows = dask.prepare(client, archive, str(tmp_path), schema=Schema, parts=3, **parts())
+    assert rows.counts["malformed"] == 1 and rows.counts["events"] == len(good)
+    del good[5]
+    expected, _ = whole(sr.Memory(good))
+    found = rows.read(10**6)
+    assert found is not None
+    assert_equal(found, expected)
+
+
 def test_what_prepare_refuses(client: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(sr.SourceError, match="nothing in"):

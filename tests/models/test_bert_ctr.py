@@ -320,6 +320,35 @@ def test_an_archive_first_with_a_schedule(folder: Path) -> None:
     assert report.counts["learned"] == 2 * 32
 
 
+def test_an_archive_first_and_then_the_stream(folder: Path, tmp_path: Path) -> None:
+    shown = impressions(60, seed=3)
+    labeled = [sr.Labeled(one, float("red" in str(one.features["title"]))) for one in shown]
+
+    def make() -> sr.BertCTR:
+        return sr.BertCTR(SCHEMA, folder, tune=LoRA(2), optimizer=QUICK)
+
+    def archive(store: Any) -> sr.BatchTrainer:
+        return sr.BatchTrainer(model=make(), epochs=2, window=7, shuffle=True, store=store, checkpoint_seconds=1e-9)
+
+    class Breaks(sr.Memory):
+        def read(self, limit: int) -> Any:
+            if self.position()["index"] >= 28:
+                raise sr.SourceError("the disk is gone")
+            return super().read(limit)
+
+    whole = archive(None)
+    whole.run(sr.JoinedEvents(sr.Memory(labeled[:40]), schema=SCHEMA))
+    whole.model.learn(encode(SCHEMA, shown[40:]).batch, np.array([one.label for one in labeled[40:]], dtype=np.float32))
+
+    store = sr.Store(tmp_path)
+    with pytest.raises(sr.SourceError, match="disk is gone"):
+        archive(store).run(sr.JoinedEvents(Breaks(labeled[:40]), schema=SCHEMA))  # in the middle of an epoch
+    archive(store).run(sr.JoinedEvents(sr.Memory(labeled[:40]), schema=SCHEMA))
+    stream = sr.OnlineTrainer(model=make(), store=store)
+    stream.run(sr.Memory(labeled[40:]))
+    assert first_difference(copy_state(stream.model.state_dict()), copy_state(whole.model.state_dict())) is None
+
+
 @pytest.mark.parametrize("tune", [Full(), LoRA(2)], ids=["full", "lora"])
 def test_saved_models_are_plain_transformers_models(tune: Any, folder: Path) -> None:
     uri = f"memory://bertctr/{type(tune).__name__}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,21 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     loss = sr.LogLoss()
     loss.update(judged.labels, trainer.model.predict(judged.batch), judged.weights)
     assert loss.compute() == pytest.approx(report.metrics["LogLoss"], rel=1e-9)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("screen", "progress"), [(Terminal, True), (Terminal, False), (io.StringIO, True)])
+def test_progress_is_drawn_on_terminals_only(screen: Any, progress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = screen()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    trainer = sr.BatchTrainer(model=sr.FM(SMALL, dim=4), epochs=2, window=100, validation=0.2, patience=2)
+    trainer.run(sr.JoinedEvents(sr.Memory(shown(400)), schema=SMALL), progress=progress)
+    assert ("100%" in drawn.getvalue() and "LogLoss=" in drawn.getvalue()) is (screen is Terminal and progress)
+    assert bool(drawn.getvalue()) is (screen is Terminal and progress)
 
 
 def test_shuffling_is_seeded_and_within_windows() -> None:

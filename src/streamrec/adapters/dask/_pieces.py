@@ -195,15 +195,12 @@ Piece = Union[JsonPiece, ParquetPiece, ListPiece]
 
 def pieces_of(archive: Any, size: int) -> list[Any]:
     """The pieces of files, in order, of about `size` bytes each where they are lines of JSON; a bag's partitions, as
-    delayed lists, are returned as they are. Raises `SourceError` or `ConfigError`."""
+    delayed lists, and a DataFrame's are returned as they are. Raises `SourceError` or `ConfigError`."""
     if hasattr(archive, "to_delayed"):
         return list(archive.to_delayed())
     uris = [archive] if isinstance(archive, str) else list(archive)
     if not uris or not all(isinstance(uri, str) for uri in uris):
-        raise ConfigError(
-            "the archive must be a URI or a list of them, or a Dask bag (of a DataFrame: ddf.to_bag(format='dict')), "
-            f"got {archive!r}"
-        )
+        raise ConfigError(f"the archive must be a URI or a list of them, or a Dask bag or DataFrame, got {archive!r}")
     found: list[Any] = []
     for uri in uris:
         try:

@@ -91,10 +91,11 @@ def prepare(
     time within the ttl, may be kept where one process drops it; and a `capacity` that is too small evicts other things.
 
     `archive`: URIs of JSON lines or Parquet files of events, in the order of time, with `*` for many; or a Dask bag of
-    events, mappings or lines (of a DataFrame: `ddf.to_bag(format="dict")`). `out`: any fsspec URI that all workers can
-    write to; its `counts` say what became of the events. `preprocessors`, `join`: as they would be given to a trainer,
-    unused; they are not changed. `parts`: how many to make, by default two for each thread; fewer read less twice.
-    `piece`: bytes of JSON lines read as one. `timeout`: seconds in which some task must end.
+    events, mappings or lines; or a Dask DataFrame, whose columns are as those of such a Parquet file. `out`: any fsspec
+    URI that all workers can write to; its `counts` say what became of the events. `preprocessors`, `join`: as they
+    would be given to a trainer, unused; they are not changed. `parts`: how many to make, by default two for each
+    thread; fewer read less twice. `piece`: bytes of JSON lines read as one. `timeout`: seconds in which some task must
+    end.
 
     A line or a row that cannot be read is counted. Where a worker is lost its part is made again. Raises `SourceError`
     where there is no archive, `StoreError` where `out` cannot be written, `ClusterError` where the cluster fails: what
@@ -217,6 +218,10 @@ def _look(piece: Any, decode: Any, before: State | None, quick: bool) -> _Survey
 
 
 def _opened(piece: Any) -> Any:
+    if hasattr(piece, "columns"):  # a partition of a Dask DataFrame; Arrow knows what pandas writes for nothing
+        import pyarrow
+
+        return ListPiece(pyarrow.Table.from_pandas(piece, preserve_index=False).to_pylist())
     return ListPiece(list(piece)) if isinstance(piece, (list, tuple)) or hasattr(piece, "__next__") else piece
 
 
