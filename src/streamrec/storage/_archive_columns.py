@@ -7,7 +7,7 @@ without Python's lock. Where the lines are known that events were read from, tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import compress, groupby
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Event, Feedback, Impression
-from streamrec.storage._archive_lines import COLUMNS, text_columns
+from streamrec.storage._archive_lines import NUMBERS, TEXTS, found_in
 
 __all__ = ["DATASETS", "PLAIN", "DeadRows", "EventRows", "LabelRows", "Rows", "arrow", "of_dataset"]
 
@@ -184,35 +184,51 @@ def _spread(values: NDArray[Any], there: NDArray[np.bool_], otherwise: Any) -> N
 
 
 class Told:
-    """What is text in events that were taken apart."""
+    """Events that were taken apart: what is in them but for their times."""
 
     def __init__(self) -> None:
+        self._shown = bytearray()  # of each, whether it is an impression
         self._ids, self._users, self._items, self._impressions = Strings(), Strings(), Strings(), Strings()
         self._features: list[bytes] = []
-        self.count = 0
+        self._kinds = Words()
+        self._scores, self._values = Reals(), Reals()
 
-    def add(self, events: Sequence[Any], shown: Sequence[Any], told: Sequence[Any]) -> int:
-        """Take these events, of which some are `shown` impressions and the others `told` feedback, behind those before;
-        return how many bytes, about."""
-        self.count += len(events)
+    def add(self, events: Sequence[Impression | Feedback]) -> int:
+        """Take these, behind those before; return how many bytes, about."""
+        if not PLAIN.issuperset(map(type, events)):  # kinds of them have anything else beside
+            events = [_plain_event(event) for event in events]
+        is_shown = [type(event) is Impression for event in events]
+        self._shown += bytes(is_shown)
         self._ids.add([event.id for event in events])
+        shown: Any = [*compress(events, is_shown)]
         features = b""
         if shown:
             self._users.add([event.user for event in shown])
             self._items.add([event.item for event in shown])
+            self._scores.add([event.score for event in shown])
             features = _json_lines([event.features for event in shown])
             self._features.append(features)
-        self._impressions.add([event.impression_id for event in told])
+        if len(shown) < len(events):
+            told: Any = [event for event in events if type(event) is Feedback]
+            self._impressions.add([event.impression_id for event in told])
+            self._kinds.add([event.kind for event in told])
+            self._values.add([event.value for event in told])
         return len(features)
 
-    def columns(self, shown: NDArray[np.bool_]) -> dict[str, list[Any]]:
-        """Of each column, Arrow arrays."""
-        return {
-            "id": [self._ids.column()],
-            "user": [self._users.column(shown)],
-            "item": [self._items.column(shown)],
-            "features": [_between(b"".join(self._features), ord("\n"), shown)],
-            "impression_id": [self._impressions.column(~shown)],
+    def columns(self) -> Iterator[dict[str, Any]]:
+        """Arrow arrays."""
+        shown = np.frombuffer(self._shown, dtype=np.bool_)
+        told = ~shown
+        yield {
+            "type": _types(shown),
+            "id": self._ids.column(),
+            "user": self._users.column(shown),
+            "item": self._items.column(shown),
+            "features": _between(b"".join(self._features), ord("\n"), shown),
+            "score": self._scores.column(shown),
+            "impression_id": self._impressions.column(told),
+            "kind": self._kinds.column(told),
+            "value": self._values.column(told),
         }
 
 
@@ -221,30 +237,32 @@ class Read:
 
     def __init__(self) -> None:
         self._parts: list[tuple[bytes, NDArray[np.int64]]] = []  # lines one behind the other, and their lengths
-        self.count = 0
 
     def add(self, lines: Sequence[bytes]) -> int:
         """Take these, behind those before; return how many bytes."""
-        self.count += len(lines)
         whole = b"".join(lines)
         self._parts.append((whole, np.fromiter(map(len, lines), dtype=np.int64, count=len(lines))))
         return len(whole)
 
-    def columns(self, shown: NDArray[np.bool_]) -> dict[str, list[Any]]:
-        """Of each column, Arrow arrays."""
-        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    def columns(self) -> Iterator[dict[str, Any]]:
+        """Arrow arrays, of a block after the other."""
+        pa = arrow()
         ends = np.cumsum([len(whole) for whole, _ in self._parts]) // _BLOCK
-        row = 0
         for _, block in groupby(zip(ends.tolist(), self._parts, strict=True), key=itemgetter(0)):
             wholes, lengths = zip(*(part for _, part in block), strict=True)
-            each = np.concatenate(lengths)
-            some = shown[row : row + len(each)]
-            row += len(each)
-            columns = text_columns(wholes, each, some, _json_lines)
-            for name, (data, starts) in zip(COLUMNS, columns, strict=True):
-                there = None if name == "id" else ~some if name == "impression_id" else some
-                found[name].append(_strings(data, starts, there))
-        return found
+            shown, texts, numbers = found_in(wholes, np.concatenate(lengths), _json_lines)
+            theirs = {"id": None, "impression_id": ~shown, "kind": ~shown}
+            yield {
+                "type": _types(shown),
+                **{name: _strings(*text, theirs.get(name, shown)) for name, text in zip(TEXTS, texts, strict=True)},
+                **{name: pa.array(one, from_pandas=True) for name, one in zip(NUMBERS, numbers, strict=True)},
+            }
+
+
+def _types(shown: NDArray[np.bool_]) -> Any:
+    pa = arrow()
+    types = pa.DictionaryArray.from_arrays((~shown).astype(np.int32), ["impression", "feedback"])
+    return types.cast(pa.string())
 
 
 class EventRows:
@@ -255,69 +273,38 @@ class EventRows:
     def __init__(self, first: int) -> None:
         self.size = 0
         self._first = first
-        self._shown = bytearray()  # of each, whether it is an impression
+        self._count = 0
         self._times: list[NDArray[np.float64]] = []
-        self._texts: list[Told | Read] = []  # of rows, those of the one behind those of the other
-        self._kinds = Words()
-        self._scores, self._values = Reals(), Reals()
+        self._parts: list[Told | Read] = []  # rows of the one behind those of the other
 
     def __len__(self) -> int:
-        return len(self._shown)
+        return self._count
 
     def add(self, events: Sequence[Impression | Feedback], lines: Sequence[bytes] | None = None) -> None:
         """Take these, in order. `lines`: what each was read from, in the default JSON form."""
-        types = {*map(type, events)}
-        if not types <= PLAIN:  # kinds of them have anything else beside
-            events = [_plain_event(event) for event in events]
-        is_shown = [type(event) is Impression for event in events]
-        self._shown += bytes(is_shown)
+        self._count += len(events)
         self._times.append(np.array([event.time for event in events], dtype=np.float64))
-        shown: Any = [*compress(events, is_shown)]
-        told: Any = [] if len(shown) == len(events) else [event for event in events if type(event) is Feedback]
-        if shown:
-            self._scores.add([event.score for event in shown])
-        if told:
-            self._kinds.add([event.kind for event in told])
-            self._values.add([event.value for event in told])
-        if lines is None:
-            self.size += self._behind(Told).add(events, shown, told)
-        else:
-            self.size += self._behind(Read).add(lines)
+        self.size += self._behind(Told).add(events) if lines is None else self._behind(Read).add(lines)
 
     def _behind(self, kind: type[Any]) -> Any:
-        if not self._texts or type(self._texts[-1]) is not kind:
-            self._texts.append(kind())
-        return self._texts[-1]
+        if not self._parts or type(self._parts[-1]) is not kind:
+            self._parts.append(kind())
+        return self._parts[-1]
 
     def hours(self) -> NDArray[np.int64]:
         return _hours(self._times)
 
     def table(self) -> Any:
         pa = arrow()
-        shown = np.frombuffer(self._shown, dtype=np.bool_)
-        told = ~shown
-        types = pa.DictionaryArray.from_arrays(told.astype(np.int32), ["impression", "feedback"])
-        texts: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        row = 0
-        for part in self._texts:
-            for name, arrays in part.columns(shown[row : row + part.count]).items():
-                texts[name] += arrays
-            row += part.count
-        id, user, item, features, impression_id = (pa.chunked_array(texts[name]) for name in COLUMNS)
+        schema = _schema(self.dataset)
+        blocks = [block for part in self._parts for block in part.columns()]
         columns = {
-            "type": types,
-            "id": id,
-            "time": np.concatenate(self._times),
-            "user": user,
-            "item": item,
-            "features": features,
-            "score": self._scores.column(shown),
-            "impression_id": impression_id,
-            "kind": self._kinds.column(told),
-            "value": self._values.column(told),
-            "number": np.arange(self._first, self._first + len(self)),
+            name: pa.chunked_array([block[name].cast(schema.field(name).type) for block in blocks])
+            for name in blocks[0]
         }
-        return pa.table(columns).cast(_schema(self.dataset))
+        columns["time"] = pa.chunked_array([np.concatenate(self._times)])
+        columns["number"] = pa.chunked_array([np.arange(self._first, self._first + self._count)])
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 class LabelRows:

@@ -88,13 +88,15 @@ class Archive:
     def add(self, events: Sequence[Event], lines: Sequence[bytes] | None = None) -> None:
         """Take accepted events, in order. A labeled example is archived as its impression, and its label.
 
-        `lines`: what each was read from, in the default JSON form, where a source has told it: that is cheaper.
+        `lines`: what each was read from, in the default JSON form, where a source has told it: that is cheaper. There
+        is no labeled example among them then.
         """
         if not events:
             return
         plain: Any = events
-        if not PLAIN.issuperset(map(type, events)) and (labeled := [e for e in events if isinstance(e, Labeled)]):
-            plain, lines = [event.impression if isinstance(event, Labeled) else event for event in events], None
+        usual = lines is not None or PLAIN.issuperset(map(type, events))
+        if not usual and (labeled := [event for event in events if isinstance(event, Labeled)]):
+            plain = [event.impression if isinstance(event, Labeled) else event for event in events]
             shown = [event.impression for event in labeled]
             self._rows["labels"].add(
                 [one.id for one in shown],
@@ -110,28 +112,31 @@ class Archive:
 
     def hold(self, slots: NDArray[np.int64], shown: Sequence[Impression]) -> None:
         """These impressions wait for their labels under these numbers."""
-        if len(slots) and slots.max() >= len(self._names):
+        names = np.fromiter([one.id for one in shown], dtype=object, count=len(shown))
+        try:
+            self._names[slots] = names
+        except IndexError:  # rarer than it is worth looking for
             larger = np.empty(2 * int(slots.max()), dtype=object)
             larger[: len(self._names)] = self._names
             self._names = larger
-        self._names[slots] = np.fromiter([one.id for one in shown], dtype=object, count=len(shown))
+            self._names[slots] = names
 
     def label(self, closed: NDArray[Any], kinds: Sequence[str], served: NDArray[np.float32], freed: Any) -> None:
         """Take labels as `LabelJoin.steps` gives them; `served`: the scores by slot; `freed`: slots that wait no
         more."""
-        given = closed[(closed["kind"] >= 0) & (closed["what"] != 1)]
+        what = closed["what"]
+        given = np.flatnonzero((closed["kind"] >= 0) & (what != 1))
         if len(given):
-            slots = given["payload"]
-            self._rows["labels"].add(
+            slots = closed["payload"][given]
+            self._rows["labels"].add(  # by columns: rows of many of them are slow to choose from
                 self._names[slots].tolist(),
-                given["time"].copy(),
-                kinds[0] if len(kinds) == 1 else [kinds[code] for code in given["kind"].tolist()],
-                given["label"].copy(),
-                given["weight"].copy(),
+                closed["time"][given],
+                kinds[0] if len(kinds) == 1 else [kinds[code] for code in closed["kind"][given].tolist()],
+                closed["label"][given],
+                closed["weight"][given],
                 served[slots],
-                given["what"] == 2,
+                what[given] == 2,
             )
-            self._spill()
         self.release(freed)
 
     def bury(self, letter: DeadLetter) -> None:

@@ -250,9 +250,9 @@ class OnlineTrainer:
         kept = usable
         for stage in self.preprocessors:
             kept = stage.push(kept)
-        if self.archive is not None:
-            self.archive.add(kept, lines_of(checked, kept))
         kinds = {*map(type, kept)}
+        if self.archive is not None:
+            self.archive.add(kept, lines_of(checked, kept) if kinds <= _USUAL else None)
         if not kinds <= _USUAL:
             shown = [e.impression if isinstance(e, Labeled) else e for e in kept if not isinstance(e, Feedback)]
         else:
