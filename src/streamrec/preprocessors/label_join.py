@@ -7,7 +7,6 @@ from math import inf, nan
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,33 +16,20 @@ from streamrec.events import Event, Feedback, Impression, Labeled
 from streamrec.hashing import packed
 from streamrec.preprocessors import _join_kernel
 from streamrec.preprocessors._join_kernel import CLOSED, FOREVER, PASSED, SHOWN, UNKNOWN
-from streamrec.preprocessors._keyed_rows import empty_table, put_all
+from streamrec.preprocessors._join_rows import chained, free_rows, larger
+from streamrec.preprocessors._join_rules import MOST_KINDS, After, Rules
+from streamrec.preprocessors._keyed_rows import put_all
+from streamrec.preprocessors._payloads import pack, unpack
 from streamrec.protocols import State
-from streamrec.schema import seconds_of
 
 __all__ = ["CLOSED", "PASSED", "SHOWN", "UNKNOWN", "After", "Closed", "LabelJoin", "event_codes"]
 
 kernel: Any = _join_kernel  # its loops take more arguments, unpacked, than mypy can follow
 
-_MOST_KINDS = 30  # bits of a row's `positive`, twice
-_USES = {"weight": _join_kernel.AS_WEIGHT, "label": _join_kernel.AS_LABEL}
 _SMALLEST = 1024
 _SPARE = 4096  # rows beyond the capacity, for the events of one call
 _time_of = attrgetter("time")
 _USUAL = {Impression, Feedback}
-
-
-class After(NamedTuple):
-    """A window that begins with feedback of another kind: a purchase within 7 days after the click.
-
-    `seconds`: of event time, or text such as "7d".
-
-    >>> After("click", "7d")
-    After(kind='click', seconds='7d')
-    """
-
-    kind: str
-    seconds: float | str
 
 
 class Closed(NamedTuple):
@@ -117,75 +103,34 @@ class LabelJoin:
         late: str = "drop",
         keep: float | str = "1d",
     ) -> None:
-        if not isinstance(windows, Mapping) or not windows:
-            raise ConfigError(f'windows must map kinds to seconds, such as {{"click": 1800.0}}, got {windows!r}')
-        for kind, window in windows.items():
-            if not isinstance(kind, str) or not kind:
-                raise ConfigError(f"windows must be keyed by the kind of feedback, a string, got {kind!r}")
-            span = window.seconds if isinstance(window, After) else window
-            if isinstance(span, str):
-                seconds_of(span, f"the window of {kind!r}")
-            elif not 0.0 < span < FOREVER:
-                raise ConfigError(f"the window of {kind!r} must be > 0 seconds and finite, got {span!r}")
-            if isinstance(window, After) and isinstance(windows.get(window.kind, window), After):
-                raise ConfigError(
-                    f"the window of {kind!r} begins with {window.kind!r}, which must have a window of its own that "
-                    "begins with the impression"
-                )
-        for kind, use in values.items():
-            if kind not in windows or use not in _USES:
-                raise ConfigError(f'values must map kinds of windows to "weight" or "label", got {kind!r}: {use!r}')
-        if late not in ("drop", "correct"):
-            raise ConfigError(f'late must be "drop" or "correct", got {late!r}')
+        self._rules = Rules(windows, values, late, keep)
         if not 0.0 <= lateness < FOREVER:
             raise ConfigError(f"lateness must be >= 0 seconds and finite, got {lateness!r}")
         if not capacity >= 1:
             raise ConfigError(f"capacity must be >= 1, got {capacity!r}")
-        if len(windows) > _MOST_KINDS:
-            raise ConfigError(f"windows may name {_MOST_KINDS} kinds at most, got {len(windows)}")
-        spans = {kind: _seconds(window, kind) for kind, window in windows.items()}
-        bases = {kind: window.kind for kind, window in windows.items() if isinstance(window, After)}
-        self.windows: Mapping[str, float] = {
-            kind: span + (spans[bases[kind]] if kind in bases else 0.0) for kind, span in spans.items()
-        }
+        self.windows: Mapping[str, float] = self._rules.windows
         """By kind, seconds from an impression until its label is known at the latest."""
+        self.kinds: Sequence[str] = self._rules.kinds
+        """In order of closing."""
         self.lateness = float(lateness)
         self.capacity = capacity
         self.late = late
-        self.keep = _seconds(keep, "keep")
-
-        # In order of closing, whatever the order of the mapping.
-        self.kinds: Sequence[str] = sorted(self.windows, key=lambda kind: (self.windows[kind], kind))
-        self._code = {kind: code for code, kind in enumerate(self.kinds)}
-        self._spans = np.array([spans[kind] for kind in self.kinds])
-        widths = [self.windows[kind] for kind in self.kinds]
-        self._widths = np.array(widths + ([widths[-1] + self.keep] if late == "correct" else []))
-        self._rules = np.full((len(self.kinds), 4), -1, dtype=np.int64)
-        self._rules[:, kernel.BASE] = [self._code.get(bases.get(kind, ""), -1) for kind in self.kinds]
-        self._rules[:, kernel.USE] = [_USES.get(values.get(kind, ""), kernel.PLAIN) for kind in self.kinds]
-        timed = [self._code[kind] for kind in dict.fromkeys(bases.values())]
-        valued = [self._code[kind] for kind in values]
-        self._rules[timed, kernel.TIME_COLUMN] = np.arange(len(timed))
-        self._rules[valued, kernel.VALUE_COLUMN] = len(timed) + np.arange(len(valued))
-        self._columns = len(timed) + len(valued)
-        self._valued = bool(valued)
-        # what a state must have been cut with, too
-        self._told = {"bases": bases, "values": dict(values)} | ({"late": late} if late == "correct" else {})
+        self.keep = self._rules.keep
         self._clear()
 
     def _clear(self, opens: int = _SMALLEST, earlies: int = _SMALLEST) -> None:
         self._times = np.array([-FOREVER, self.lateness])  # the watermark is the first
         self._pointers: NDArray[np.int64] | None = None
         self._numbers = np.zeros(kernel.NUMBERS, dtype=np.int64)
-        self._opens, self._open_table, self._recent = _rows(opens, kernel.OPEN)
-        self._extras = np.zeros((opens, self._columns))
-        self._queues = np.full((len(self._widths), 2), -1, dtype=np.int64)  # the first row and the last of each
-        self._earlies, self._early_table, self._expiring = _rows(earlies, kernel.EARLY)
+        self._opens, self._open_table, self._recent = free_rows(opens, kernel.OPEN)
+        self._extras = np.zeros((opens, self._rules.columns))
+        self._queues = np.full((len(self._rules.widths), 2), -1, dtype=np.int64)  # the first row and the last of each
+        self._earlies, self._early_table, self._expiring = free_rows(earlies, kernel.EARLY)
         self._early_values = np.full(earlies, nan)
         # Payloads are numbers in the rows: one that is no number of its own has a negative one here.
         self._objects: dict[int, Any] = {}
         self._lowest = 0
-        self._few: NDArray[Any] = np.empty(2 * _MOST_KINDS + 2, dtype=CLOSED)  # for one event at a time
+        self._few: NDArray[Any] = np.empty(2 * MOST_KINDS + 2, dtype=CLOSED)  # for one event at a time
 
     def __repr__(self) -> str:
         return f"LabelJoin(windows={self.windows!r}, lateness={self.lateness!r}, capacity={self.capacity!r})"
@@ -262,7 +207,7 @@ class LabelJoin:
         if isinstance(event, Impression):
             id, code, number, value = event.id, SHOWN, self._number(payload), nan
         else:
-            id, code, number = event.impression_id, self._code.get(event.kind, UNKNOWN), 0
+            id, code, number = event.impression_id, self._rules.code.get(event.kind, UNKNOWN), 0
             value = nan if event.value is None else float(event.value)
         data = id.encode("utf-8", "surrogatepass")
         count = kernel.advance_one(data, float(event.time), code, number, value, self._map())
@@ -282,7 +227,7 @@ class LabelJoin:
         >>> LabelJoin(windows={"click": 60.0}).codes([Feedback(id="f1", impression_id="i1", time=1.0)])
         array([0])
         """
-        return event_codes(events, self._code)
+        return event_codes(events, self._rules.code)
 
     def steps(
         self,
@@ -316,7 +261,7 @@ class LabelJoin:
             times = np.array([0.0 if event is None else event.time for event in some], dtype=np.float64)
         data, cuts = packed(names)
         values = _NO_VALUES
-        if self._valued:
+        if self._rules.valued:
             values = np.array([getattr(event, "value", None) for event in some], dtype=np.float64)  # None is nan
         done, parts = 0, []
         closed = np.empty(2 * len(events) + 64, dtype=CLOSED)
@@ -336,7 +281,7 @@ class LabelJoin:
         return self._given_back(self._drained())
 
     def _drained(self) -> NDArray[Any]:
-        closed = np.empty((self.pending + 1) * len(self._widths), dtype=CLOSED)
+        closed = np.empty((self.pending + 1) * len(self._rules.widths), dtype=CLOSED)
         count = kernel.close_all(self._map(), closed)
         return closed[:count]
 
@@ -345,9 +290,9 @@ class LabelJoin:
         if self._pointers is None:
             opens = self._opens, self._open_table, self._recent, self._queues
             earlies = self._earlies, self._early_table, self._expiring
-            kept = self._rules, self._spans, self._extras, self._early_values
-            arrays = self._widths, self._times, self._numbers, *opens, *earlies, self._few, *kept
-            self._pointers = pointers_to(arrays, self._columns, min(self.capacity, 2**62))
+            kept = self._rules.table, self._rules.spans, self._extras, self._early_values
+            arrays = self._rules.widths, self._times, self._numbers, *opens, *earlies, self._few, *kept
+            self._pointers = pointers_to(arrays, self._rules.columns, min(self.capacity, 2**62))
         return self._pointers
 
     def __getstate__(self) -> dict[str, Any]:
@@ -358,19 +303,19 @@ class LabelJoin:
         numbers, self._pointers = self._numbers, None
         if numbers[kernel.OPENED] + more > len(self._opens):
             size = self._growth(int(numbers[kernel.OPENED]), more, len(self._opens))
-            self._opens, self._open_table, self._recent = _larger(self._opens, self._open_table, self._recent, size)
-            numbers[kernel.FREE_OPEN] = _chained(self._opens, int(numbers[kernel.FREE_OPEN]), size)
-            extras = np.zeros((len(self._opens), self._columns))
+            self._opens, self._open_table, self._recent = larger(self._opens, self._open_table, self._recent, size)
+            numbers[kernel.FREE_OPEN] = chained(self._opens, int(numbers[kernel.FREE_OPEN]), size)
+            extras = np.zeros((len(self._opens), self._rules.columns))
             extras[: len(self._extras)] = self._extras
             self._extras = extras
         if numbers[kernel.WAITING] + more > len(self._earlies):
             size = self._growth(int(numbers[kernel.WAITING]), more, len(self._earlies))
-            self._earlies, self._early_table, self._expiring = _larger(
+            self._earlies, self._early_table, self._expiring = larger(
                 self._earlies, self._early_table, self._expiring, size
             )
-            numbers[kernel.FREE_EARLY] = _chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
+            numbers[kernel.FREE_EARLY] = chained(self._earlies, int(numbers[kernel.FREE_EARLY]), size)
             self._early_values = np.append(self._early_values, np.full(size, nan))
-        return np.empty(2 * more + 2 * _MOST_KINDS + 2 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
+        return np.empty(2 * more + 2 * MOST_KINDS + 2 + max(0, self.pending + more - self.capacity), dtype=CLOSED)
 
     def _growth(self, used: int, more: int, rows: int) -> int:
         """How many rows to add to these: to double them, but not far beyond what can ever be used."""
@@ -430,7 +375,7 @@ class LabelJoin:
         ]
 
     def _labels(self, closed: NDArray[Any]) -> list[Labeled]:
-        usual = len(self._widths) == 1 and not self._valued
+        usual = len(self._rules.widths) == 1 and not self._rules.valued
         if usual and len(closed) and closed["payload"].max() < 0 and closed["kind"].min() >= 0:
             payloads, labels = closed["payload"].tolist(), closed["label"].tolist()  # the usual case: all is last
             return [
@@ -456,13 +401,13 @@ class LabelJoin:
         payloads = held["payload"].copy()
         return {
             "windows": dict(self.windows),
-            "rules": self._told,
+            "rules": self._rules.told,
             "corrected": self.corrected,
             "watermark": float(self._times[0]),
             "counts": dict(self.counts),
             "keys": np.stack([held["high"], held["low"]], axis=1),  # uint64 (open, 2)
             "times": held["time"].copy(),  # (open,)
-            "payloads": _pack([self._payload(number, False) for number in payloads.tolist()])
+            "payloads": pack([self._payload(number, False) for number in payloads.tolist()])
             if len(payloads) and payloads.min() < 0
             else payloads,
             "stages": np.append(lengths, len(recent)),  # (kinds + 1,) or one more, of those kept: how many in each
@@ -482,12 +427,12 @@ class LabelJoin:
         Raises `ConfigError` where it was cut with other windows.
         """
         windows, rules = dict(state["windows"]), state["rules"]
-        if windows != self.windows or rules != self._told:
+        if windows != self.windows or rules != self._rules.told:
             raise ConfigError(
                 f"the state was cut with windows={windows!r} and {rules!r}, this join has windows={self.windows!r} and "
-                f"{self._told!r}: build it with the windows of the state, or start it without one"
+                f"{self._rules.told!r}: build it with the windows of the state, or start it without one"
             )
-        held, early, payloads = np.asarray(state["times"]), state["early"], _unpack(state["payloads"])
+        held, early, payloads = np.asarray(state["times"]), state["early"], unpack(state["payloads"])
         count, waiting = len(held), len(early["times"])
         self._clear(max(_SMALLEST, 2 * count), max(_SMALLEST, 2 * waiting))
         self._times[0] = state["watermark"]
@@ -505,7 +450,7 @@ class LabelJoin:
         ends = np.cumsum(lengths)
         for kind, (begin, end) in enumerate(zip(ends - lengths, ends, strict=True)):
             rows = np.arange(begin, end)
-            if kind == len(self._widths):  # sorted, so a heap
+            if kind == len(self._rules.widths):  # sorted, so a heap
                 self._recent[: len(rows)] = rows
                 opens["place"][rows] = np.arange(len(rows))
             elif len(rows):
@@ -522,11 +467,6 @@ class LabelJoin:
 
 
 _NO_VALUES = np.empty(0)
-
-
-def _seconds(window: Any, what: str) -> float:
-    span = window.seconds if isinstance(window, After) else window
-    return seconds_of(span, what) if isinstance(span, str) else float(span)
 
 
 def _id_of(event: Impression | Feedback | None) -> str:
@@ -552,54 +492,3 @@ def event_codes(events: Sequence[Event], codes: Mapping[str, int]) -> NDArray[np
             for event in events
         ]
     return np.array(known, dtype=np.int64)
-
-
-def _rows(count: int, kind: Any) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """Free rows, chained; an empty table and an empty heap for them."""
-    rows = np.zeros(count, dtype=kind)
-    _chained(rows, -1, count)
-    return rows, empty_table(count), np.empty(count, dtype=np.int64)
-
-
-def _chained(rows: NDArray[Any], first: int, new: int) -> int:
-    """Chain the last `new` of the rows, in front of the free row `first`; returns the first of them."""
-    begin = len(rows) - new
-    rows["next"][begin:] = np.arange(begin + 1, len(rows) + 1)
-    rows["next"][-1] = first
-    return begin
-
-
-def _larger(
-    rows: NDArray[Any], table: NDArray[np.int64], heap: NDArray[np.int64], more: int
-) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """The same with room for `more` rows beyond."""
-    grown = np.zeros(len(rows) + more, dtype=rows.dtype)
-    grown[: len(rows)] = rows
-    wider = empty_table(len(grown))
-    put_all(table[table >= 0], wider, grown)
-    longer = np.empty(len(grown), dtype=np.int64)
-    longer[: len(heap)] = heap
-    return grown, wider, longer
-
-
-def _pack(payloads: list[Any]) -> NDArray[np.int64] | bytes:
-    if all(isinstance(payload, (int, np.integer)) for payload in payloads):
-        return np.array(payloads, dtype=np.int64)
-    if all(isinstance(payload, Impression) for payload in payloads):
-        # MessagePack: JSON would turn the nan of a feature into null.
-        return msgspec.msgpack.encode(payloads, enc_hook=_plain)
-    found = ", ".join(sorted({type(payload).__name__ for payload in payloads}))
-    raise ConfigError(f"payloads must be all 64-bit integers or all Impressions to be saved, got {found}")
-
-
-def _unpack(packed: NDArray[np.int64] | bytes) -> list[Any]:
-    if isinstance(packed, bytes):
-        return msgspec.msgpack.decode(packed, type=list[Impression])
-    unpacked: list[Any] = packed.tolist()
-    return unpacked
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (np.generic, np.ndarray)):  # a feature straight from a computation
-        return value.tolist()
-    raise TypeError(f"cannot save a feature of type {type(value).__name__}: use strings, numbers, lists or mappings")
