@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
-from types import TracebackType
-
-from typing_extensions import Self
 
 from streamrec.errors import ConfigError, StoreError
+from streamrec.serving._beside import Beside
 from streamrec.serving.scorer import Scorer, Status
 
 __all__ = ["Follower"]
@@ -17,7 +14,7 @@ __all__ = ["Follower"]
 log = logging.getLogger(__name__)
 
 
-class Follower:
+class Follower(Beside):
     """Refreshes a scorer every `every` seconds, off the request path, from `start` until `close`; also a `with` block.
 
     `scorer`: a `Scorer`, or what makes one, such as `lambda: Scorer("runs/ctr")`: then it is made on the thread, and
@@ -41,13 +38,12 @@ class Follower:
             raise ConfigError(f"every must be > 0 seconds, got {every!r}")
         if stale_after is not None and not stale_after > every:
             raise ConfigError(f"stale_after must be longer than every={every!r} seconds, got {stale_after!r}")
+        super().__init__("streamrec-follower")
         self.every = every
         self.stale_after = stale_after
         self._make = scorer
         self._scorer: Scorer | None = scorer if isinstance(scorer, Scorer) else None
         self._error: BaseException | None = None  # of making it
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def scorer(self) -> Scorer:
@@ -67,30 +63,7 @@ class Follower:
         """That of the scorer; None where there is none yet."""
         return None if self._scorer is None else self._scorer.status()
 
-    def start(self) -> None:
-        """Begin; what has begun goes on."""
-        if self._thread is None:
-            self._ended.clear()
-            self._thread = threading.Thread(target=self._follow, name="streamrec-follower", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        """Stop, when a refresh that is under way has ended."""
-        self._ended.set()
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _follow(self) -> None:
+    def _work(self) -> None:
         while not self._ended.is_set():
             try:
                 if self._scorer is not None:

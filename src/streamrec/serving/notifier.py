@@ -7,12 +7,10 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
-from typing_extensions import Self
-
 from streamrec.errors import ConfigError, SourceError, StoreError
+from streamrec.serving._beside import Beside
 from streamrec.serving.scorer import Scorer
 from streamrec.sources import Kafka
 
@@ -21,7 +19,7 @@ __all__ = ["StoreNotifier"]
 log = logging.getLogger(__name__)
 
 
-class StoreNotifier:
+class StoreNotifier(Beside):
     """Refreshes `scorer` when a message comes on a Kafka topic, such as `train(..., notices=topic)` sends.
 
     What the message says is no matter: the store is asked for its newest version, so a message that is lost, doubled
@@ -43,15 +41,14 @@ class StoreNotifier:
     ) -> None:
         if not every > 0:
             raise ConfigError(f"every must be > 0 seconds, got {every!r}")
+        super().__init__("streamrec-notifier")
         self.scorer = scorer
         self._source = Kafka(
             topic, bootstrap_servers, follow=True, start="latest", idle=every, timeout=max(1.0, every), client=client
         )
         self._every = every
         self._counts: Counter[str] = Counter()
-        self._ended = threading.Event()
         self._ready = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -61,31 +58,15 @@ class StoreNotifier:
     def start(self, wait: float | None = None) -> None:
         """Begin to listen. `wait`: at most so many seconds, until the broker has been found."""
         if self._thread is None:
-            self._ended.clear()
             self._ready.clear()
-            self._thread = threading.Thread(target=self._listen, name="streamrec-notifier", daemon=True)
-            self._thread.start()
+        super().start()
         if wait is not None:
             self._ready.wait(wait)
 
-    def close(self) -> None:
-        """Stop listening."""
-        self._ended.set()
-        thread, self._thread = self._thread, None
-        while thread is not None and thread.is_alive():
-            self._source.close()  # again, where it was about to be opened
-            thread.join(0.2)
+    def _wake(self) -> None:
+        self._source.close()  # again, where it was about to be opened
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _listen(self) -> None:
+    def _work(self) -> None:
         while not self._ended.is_set():
             try:
                 self._source.position()

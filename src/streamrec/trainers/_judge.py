@@ -56,11 +56,15 @@ class Judge:
         return len(self.notes) - 1
 
     def note(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
-        """What is known of these impressions before the model has run, `(n,)` each; zeros where nothing is."""
+        """What is known of these impressions before the model has run, `(n,)` each: the first of `notes`. The others
+        are what `said` and `calibrated` write."""
         notes = self._validation.note(shown, batch)
-        if self._gate is not None:
-            notes = [*notes, self._gate.note(batch)]
-        return [*notes, *(np.zeros(len(batch), dtype=kind) for kind in self.notes[len(notes) :])]
+        return notes if self._gate is None else [*notes, self._gate.note(batch)]
+
+    def noted(self, shown: Sequence[Impression], batch: Batch) -> list[NDArray[Any]]:
+        """All columns of `notes`, with what `note` gives, and with room for the others."""
+        notes = self.note(shown, batch)
+        return [*notes, *(np.empty(len(batch), dtype=kind) for kind in self.notes[len(notes) :])]
 
     def said(self, scores: NDArray[np.float32], notes: list[NDArray[Any]], rows: Rows) -> Scores:
         """What the model says of these rows: of the `scores` of a tuner's learners, those of the one that serves."""

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,14 @@ from streamrec.events import (
     Position,
     lines_of,
     piece_of,
-    place_of,
 )
 from streamrec.hashing import uniform
-from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Problem, Validate
+from streamrec.preprocessors import DeadLetters, Encoder, LabelJoin, Validate
 from streamrec.preprocessors.label_join import PASSED, UNKNOWN, event_codes
 from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Source, Stage, State
 from streamrec.schema import Text
 from streamrec.storage import Archive, Store, Version
+from streamrec.trainers._aside import letters_of, places_of
 from streamrec.trainers._checkpoints import Checkpoints
 from streamrec.trainers._forget import forget_rows, names_of, purge_letters
 from streamrec.trainers._judge import Judge
@@ -206,7 +205,7 @@ class OnlineTrainer:
 
     def _note(self, shown: Sequence[Impression], batch: Batch, slots: NDArray[np.int64]) -> None:
         """Keep what is to be known of these impressions when their labels come."""
-        for column, notes in zip(self._rows.notes, self._judge.note(shown, batch), strict=True):
+        for column, notes in zip(self._rows.notes, self._judge.note(shown, batch), strict=False):
             column[slots] = notes
 
     # -- learning ------------------------------------------------------------------------------------------------------
@@ -262,8 +261,11 @@ class OnlineTrainer:
             self.drift.show(batch)
         scores = (self._learn_at_once if kinds == {Labeled} else self._advance)(kept, shown, batch)
         if len(kept) < len(events) or problems:
-            places = _places(checked, kept)
-            self._put_aside(events, checked, shown, problems, places)
+            places = places_of(checked, kept)
+            for letter in letters_of(events, checked, shown, problems, places, self._counts["events"]):
+                self.dead_letters.add(letter)
+                if self.archive is not None:
+                    self.archive.bury(letter)
             if len(kept) < len(events):
                 found = dict(zip(places, scores, strict=False))
                 scores = [
@@ -271,33 +273,6 @@ class OnlineTrainer:
                 ]
         self._counts["events"] += len(events)
         return scores
-
-    def _put_aside(
-        self,
-        events: Sequence[Item],
-        checked: Sequence[Item],
-        shown: Sequence[Impression],
-        problems: Sequence[Problem],
-        places: Sequence[int],
-    ) -> None:
-        """Keep the dead letters among these and one for each unusable value, whose event goes on without it.
-
-        In the order of the stream, so that the same letters are kept however it is cut. Letters without a position
-        stand where the source says, or else where they were pushed.
-        """
-        letters: list[tuple[int, DeadLetter]] = []
-        for place, item in enumerate(checked):
-            if isinstance(item, DeadLetter):
-                position = item.position or place_of(events, place) or {"event": self._counts["events"] + place}
-                letters.append((place, DeadLetter(position, item.reason, item.raw)))
-        for problem in problems:
-            place = places[problem.row] if problem.row < len(places) else len(checked)
-            reason = f"unusable value: {problem.field}: {problem.reason}"
-            letters.append((place, DeadLetter({"impression_id": shown[problem.row].id}, reason)))
-        for _, letter in sorted(letters, key=itemgetter(0)):
-            self.dead_letters.add(letter)
-            if self.archive is not None:
-                self.archive.bury(letter)
 
     def _advance(self, events: Sequence[Any], shown: Sequence[Impression], batch: Batch) -> list[float]:
         """Score, join, judge and learn, in the order of the events; return the scores. `batch`: those `shown` in
@@ -367,7 +342,7 @@ class OnlineTrainer:
                 self._counts["sampled_out"] += int(np.count_nonzero(dropped))
             ops = np.where(learned, SCORE | LEARN, SCORE).astype(np.int8)
             self._counts["learned"] += int(np.count_nonzero(learned))
-        notes = self._judge.note(shown, batch)
+        notes = self._judge.noted(shown, batch)
         every: Any = slice(None)
         rows = np.arange(count)
         found = self._judge.said(self._step(batch, rows, ops, labels, learn_weights), notes, every)
@@ -761,25 +736,3 @@ def _served(found: NDArray[np.float32], shown: Sequence[Impression]) -> NDArray[
     if given.count(None) == len(given):
         return found
     return np.array([ours if one is None else one for ours, one in zip(found, given, strict=True)], dtype=np.float32)
-
-
-def _places(checked: Sequence[Item], kept: Sequence[Any]) -> list[int]:
-    """Where the impressions that were kept stand among those checked. Preprocessors keep the order."""
-    left = iter([e for e in kept if not isinstance(e, Feedback)])
-    given = set(map(id, checked))
-    places = []
-    waiting = next(left, None)
-    for place, event in enumerate(checked):
-        if waiting is None:
-            break
-        # by id only where a preprocessor has put another object in its place: one dropped may share the id
-        if isinstance(event, (Impression, Labeled)) and (
-            waiting is event or (id(waiting) not in given and _id(waiting) == _id(event))
-        ):
-            places.append(place)
-            waiting = next(left, None)
-    return places
-
-
-def _id(event: Any) -> Any:
-    return (event.impression.id, event.kind) if isinstance(event, Labeled) else event.id

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from streamrec.errors import ConfigError
 from streamrec.storage import Version
 from streamrec.trainers.callbacks import Callback, Progress
 
 __all__ = ["Prometheus"]
+
+_gauges: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""By registry: a name can be registered there once."""
 
 
 class Prometheus(Callback):
@@ -40,8 +44,10 @@ class Prometheus(Callback):
         self._created = self._gauge("streamrec_checkpoint_created_seconds", "when it was written, POSIX seconds")
 
     def _gauge(self, name: str, what: str, *labels: str) -> Any:
-        known = getattr(self._registry, "_names_to_collectors", {}).get(name)  # of another trainer of this process
-        return known or self._gauge_of(name, what, [*labels, *self._labels], registry=self._registry)
+        ours = _gauges.setdefault(self._registry, {})  # of another trainer of this process, too
+        if name not in ours:
+            ours[name] = self._gauge_of(name, what, [*labels, *self._labels], registry=self._registry)
+        return ours[name]
 
     def _set(self, gauge: Any, value: float, **labels: str) -> None:
         named = {**labels, **self._labels}
