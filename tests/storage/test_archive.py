@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,34 @@ def test_files_of_an_hour_are_put_together(kept: Path, whole: dict[str, list[Any
     on_disk = {str(path) for path in (kept / "archive").rglob("*.parquet")}
     named = [name for data in module.DATASETS for name in archive.files(data)]
     assert {name.removeprefix("file://") for name in named} == on_disk
+
+
+def test_an_archive_on_another_file_system(whole: dict[str, list[Any]]) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    root = "memory://test_archive"
+
+    def trainer() -> sr.OnlineTrainer:
+        archive = sr.Archive(f"{root}/archive", compact=3)
+        return trainer_of(Path("unused"), store=sr.Store(f"{root}/store", keep=2), archive=archive)
+
+    try:
+        trainer().run(sr.Memory(stream()), limit=70)
+        source = sr.Memory(stream())
+        last = trainer()
+        last.run(source)
+        archive = sr.Archive(f"{root}/archive")
+        assert {name: everything(archive.read(name)) for name in whole} == whole
+        # a Hive-partitioned data set like any other
+        rows = everything(sr.Parquet(f"{root}/archive/events", features=[]))
+        assert sorted(map(encode_event, rows)) == sorted(map(encode_event, whole["events"]))
+        assert [row.time for row in rows] == sorted(row.time for row in rows)
+        assert last.forget("u3", source.position())["archive"] > 15
+        left = {one.user for one in everything(archive.read("events")) if isinstance(one, sr.Impression)}
+        assert "u3" not in left and "u2" in left
+    finally:
+        memory.rm("/test_archive", recursive=True)
 
 
 class Killed(BaseException):
@@ -269,6 +298,9 @@ def test_dask_reads_it(kept: Path, whole: dict[str, list[Any]]) -> None:
     assert len(frame) == len(whole["labeled"])
     clicked = frame[frame.label > 0].compute(scheduler="synchronous")
     assert len(clicked) == sum(one.label > 0 for one in whole["labeled"])
+    events = dataframe.read_parquet(archive.files("events"))
+    hours = events.time.floordiv(3600).value_counts().compute(scheduler="synchronous")
+    assert hours.to_dict() == Counter(one.time // 3600 for one in whole["events"])
 
 
 def test_an_archive_of_another_run_is_not_written_over(tmp_path: Path, kept: Path, whole: dict[str, list[Any]]) -> None:
