@@ -201,3 +201,15 @@ def test_with_closes_the_sources_and_its_end_does_not() -> None:
         assert [item.id for item in again.read(10) if isinstance(item, sr.Feedback)] == ["c1"]
     with pytest.raises(SourceError, match="closed"):
         clicks.put(sr.Feedback("c2", "i1", 2.0))
+
+
+def test_events_keep_the_lines_they_were_read_from(tmp_path: Path) -> None:
+    logs = {}
+    for name, times in (("a", (1.0, 4.0)), ("b", (2.0, 3.0))):
+        (tmp_path / name).write_bytes(b"".join(encode_event(one) + b"\n" for one in lane(name, times)))
+        logs[name] = sr.JsonLines(tmp_path / name)
+    items: Any = Merged(logs).read(10)
+    assert [item.id for item in items] == ["a0", "b0", "b1", "a1"]
+    assert items.lines == [encode_event(item) for item in items]
+    mixed: Any = Merged({"a": sr.JsonLines(tmp_path / "a"), "c": Memory(lane("c", (2.0,)))}).read(10)
+    assert len(mixed) == 3 and not hasattr(mixed, "lines")

@@ -10,6 +10,7 @@ from streamrec.errors import ConfigError, SourceError
 from streamrec.events import DeadLetter, Decoded, Item, Labeled, Position
 from streamrec.protocols import Source
 from streamrec.sources._closing import Closing
+from streamrec.sources._lines import Taken
 from streamrec.sources._waiting import Waiting
 
 __all__ = ["Merged"]
@@ -94,15 +95,13 @@ class Merged(Closing):
             raise ConfigError(f"limit must be >= 1, got {limit!r}")
         if not self._waiting.for_read(self._ready):
             return []
-        items: list[Item] = []
-        sound = True
+        items = Taken()
         while len(items) < limit and (lane := self._next()) is not None:
-            items.append(lane.take())
-            sound &= lane.sound
+            lane.take(items)
         if not items:
             for lane in self._lanes:
                 lane.ended = False  # one that is followed may have more at the next read
-        return Decoded(items) if sound else items
+        return items.given()
 
     def position(self) -> Position:
         """Of each source, by name: where the items read ahead begin, `at`, how many of them were given, `skip`, and its
@@ -165,7 +164,6 @@ class _Lane:
         self.idle = False
         self.ended = False
         self.since = 0.0  # when it began to have nothing
-        self.sound = False
         self._short = False
         self._ahead: list[Item] = []
         self._next = 0
@@ -188,22 +186,26 @@ class _Lane:
         at = self.source.position()
         limit = _AHEAD if getattr(self.source, "repeatable", True) else 1
         items = self.source.read(limit)
-        self._at, self._ahead, self._next, self.sound = at, items, 0, type(items) is Decoded
+        self._at, self._ahead, self._next = at, items, 0
         if not items:
             self.ended = True
             return False
         self._place()
         return True
 
-    def take(self) -> Item:
-        """The next item, which there is."""
+    def take(self, items: Taken) -> None:
+        """Add the next item, which there is."""
         item = self._ahead[self._next]
+        items.append(item)
+        items.sound &= type(self._ahead) is Decoded
+        lines = getattr(self._ahead, "lines", None)
+        if lines is not None:
+            items.lines.append(lines[self._next])
         self._next += 1
         if not isinstance(item, DeadLetter):
             self.watermark = self.key
         if self._next < len(self._ahead):
             self._place()
-        return item
 
     def _place(self) -> None:
         item: Any = self._ahead[self._next]
