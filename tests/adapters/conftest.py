@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.adapters.faust_workers import worker  # noqa: F401  # the fixture, for whoever names it
 
@@ -28,9 +29,37 @@ def local_cluster(workers: int = 2) -> Any:
     )
 
 
+def compile_loops(factory: pytest.TempPathFactory, dim: int = 4) -> None:
+    """Compile what workers run, once for all of them and for all processes of these tests: each would do so by itself,
+    all at the same time."""
+    # the parent of each process's own folder is that of all processes of this run
+    with FileLock(factory.getbasetemp().parent / f"compiled-{dim}.lock"):
+        _learn_and_merge(dim)
+
+
+def _learn_and_merge(dim: int) -> None:
+    import numpy as np
+
+    import streamrec as sr
+    from streamrec.models.merging import Copy
+    from streamrec.preprocessors import encode
+
+    schema = sr.Schema(sr.Id("user"), sr.Number("price", standardize=True))
+    batch = encode(schema, [sr.Impression("i1", 0.0, "u1", "p1", {"price": 1.0})]).batch
+    models = [sr.FM(schema, dim=dim) for _ in range(2)]
+    copies = [Copy(model) for model in models]
+    for model in models:
+        model.learn(batch, np.ones(1, dtype=np.float32))
+        model.predict(batch)
+    changes = [one.changes() for one in copies]
+    for one in copies:
+        one.merge(changes)
+
+
 @pytest.fixture(scope="session", name="clients")
-def _clients() -> Iterator[list[Any]]:
+def _clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """Of the cluster that tests share, while it is whole."""
+    compile_loops(tmp_path_factory)
     clients: list[Any] = []
     yield clients
     for client in clients:

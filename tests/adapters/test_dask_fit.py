@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,30 @@ def test_a_killed_worker_changes_nothing(client: Any, tmp_path: Path, copies: in
     assert os.path.exists(killer.flag)
     assert_same(struck.model, calm.model)
     assert struck.history == calm.history
+
+
+def test_a_copy_that_hangs_is_a_clear_error(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamrec.adapters.dask._ranks.GRACE", 0.5)  # nothing but waiting
+    monkeypatch.setattr("streamrec.adapters.dask._copies.TRIES", 2)
+    uri, flag, end = written(tmp_path), tmp_path / "flag", tmp_path / "end"
+
+    def hang(progress: float) -> float:
+        if progress >= 0.6 and multiprocessing.parent_process() is not None:
+            with suppress(FileExistsError), open(flag, "x"):
+                while not end.exists():
+                    time.sleep(0.01)
+        return 1.0
+
+    assert dask.fit(client, make(), uri, copies=2).counts["learned"] == 12_000  # the workers have what they need
+    # the other waits for it no longer than it may; then nobody can open a meeting, or not all come to it
+    clear = r"workers were lost 2 times, .*has not come in time|nothing was heard of the ranks for 3 s"
+    try:
+        with pytest.raises(dask.ClusterError, match=clear):
+            dask.fit(client, make(schedule=hang), uri, copies=2, apart=1000, timeout=3.0)
+        assert flag.exists()
+    finally:
+        end.touch()
+    assert dask.fit(client, make(), uri, copies=2).counts["learned"] == 12_000  # the workers are free again
 
 
 def test_a_worker_that_always_dies_is_a_clear_error_with_a_checkpoint(

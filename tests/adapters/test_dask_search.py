@@ -23,6 +23,7 @@ from streamrec.batch import LabeledRows
 from streamrec.preprocessors import encode
 from streamrec.storage.encoded import commit_rows, write_part
 from streamrec.testing._state import copy_state, first_difference
+from tests.adapters.conftest import compile_loops
 from tests.adapters.killing import kill_worker
 
 distributed = pytest.importorskip("distributed")
@@ -30,7 +31,7 @@ dask = pytest.importorskip("streamrec.adapters.dask")
 
 SCHEMA = sr.Schema(sr.Id("user"), sr.Id("item"))
 # few pairs of dim and optimizers: each is compiled for
-SPACE = {"dim": dask.Choice((2, 4)), "optimizer.lr": dask.Real(0.001, 1.0, log=True)}
+SPACE = {"dim": dask.Choice((4, 8)), "optimizer.lr": dask.Real(0.001, 1.0, log=True)}
 NINE = dask.Halving(trials=9)
 
 
@@ -54,6 +55,7 @@ def archive(folder: Path, count: int = 3000, files: int = 5) -> sr.EncodedRows:
 
 @pytest.fixture(name="rows", scope="module")
 def _rows(tmp_path_factory: pytest.TempPathFactory) -> sr.EncodedRows:
+    compile_loops(tmp_path_factory, dim=8)
     return archive(tmp_path_factory.mktemp("archive"))
 
 
@@ -174,7 +176,7 @@ def test_optuna_chooses_the_points_the_same_each_time(client: Any, rows: sr.Enco
     for begin in range(0, 12, 4):
         asked = [alone.ask(kinds) for _ in range(4)]
         for number, one in enumerate(asked, begin):
-            assert found[number].params == {**one.params, "dim": (2, 4)[one.params["dim"]]}
+            assert found[number].params == {**one.params, "dim": (4, 8)[one.params["dim"]]}
             alone.tell(one, losses[str(number)]["metrics"]["LogLoss"])
 
 
@@ -220,8 +222,8 @@ def test_trials_that_fail_or_score_nan_are_counted_and_stopped(
         if params["kind"] == "nan":
             with open(reads, "a") as file:
                 file.write("x")
-            return sr.BatchTrainer(model=Broken(SCHEMA, dim=2), epochs=1000, window=100, patience=1000)
-        return sr.FM(SCHEMA, dim=2)
+            return sr.BatchTrainer(model=Broken(SCHEMA, dim=4), epochs=1000, window=100, patience=1000)
+        return sr.FM(SCHEMA, dim=4)
 
     space = {"kind": dask.Choice(("raises", "nan", "good"))}
     trials = dask.search(client, space, rows, make=make, store=tmp_path / "store", halving=NINE)
@@ -248,10 +250,10 @@ def test_a_worker_killed_in_a_trial(client: Any, rows: sr.EncodedRows, tmp_path:
     def make(params: Any) -> Any:
         if params["n"] == 1:
             kill_worker(flag)
-        return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
+        return sr.FM(SCHEMA, dim=4, init=params["n"] / 100)
 
     def calm(params: Any) -> Any:
-        return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
+        return sr.FM(SCHEMA, dim=4, init=params["n"] / 100)
 
     space = {"n": dask.Choice((0, 1, 2))}
     found = dask.search(client, space, rows, make=make, store=tmp_path / "one", halving=NINE)
@@ -267,7 +269,7 @@ def test_a_trial_that_always_kills_is_one_that_failed(
     def make(params: Any) -> Any:
         if params["n"] == 1:
             kill_worker()
-        return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
+        return sr.FM(SCHEMA, dim=4, init=params["n"] / 100)
 
     points = dask.RandomPoints(seed=next(seed for seed in range(99) if kinds(seed) == [0, 1, 2]))
     space = {"n": dask.Choice((0, 1, 2))}
@@ -300,7 +302,7 @@ def test_a_search_that_broke_goes_on(
             file.write(f"{params['lr']}\n")
         if len(log.read_text().splitlines()) == calls:
             raise OSError("the disk is gone")
-        return sr.FM(SCHEMA, dim=2, init=params["lr"])
+        return sr.FM(SCHEMA, dim=4, init=params["lr"])
 
     def search(store: str) -> Any:
         space = {"lr": dask.Real(0.01, 1.0)}
@@ -353,7 +355,7 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_search_goes_on_elsewhere(
             if params["n"] > 2 and multiprocessing.parent_process() is None:  # on that worker alone
                 started.touch()
                 time.sleep(600)
-            return sr.FM(SCHEMA, dim=2, init=params["n"] / 100)
+            return sr.FM(SCHEMA, dim=4, init=params["n"] / 100)
 
         def kill() -> None:
             while not started.exists():

@@ -30,11 +30,11 @@ def fit(
 
     An FM is learned by `copies` of it, by default one for each thread of the cluster, eight at most: each learns its
     part of the data event by event, the parts being neighbours in time, and the copies are merged when each has learned
-    `apart` rows, at the end of an epoch, and more often in the first one (`streamrec.models.merging` says how). The
-    result depends on how many copies there are, not on which worker has which; with one it is that of `trainer.run`,
-    bit for bit. `window`, `shuffle`, `validation`, `schedule` and the rest are the trainer's. `data`: encoded rows that
-    all workers can read, or their URI, from the first row on. A `Dense` or a `BertCTR` is learned by `fit_dense`,
-    `copies` being its ranks.
+    `apart` rows, at the end of an epoch, eight of them in its middle, too, and more often in the first epoch
+    (`streamrec.models.merging` says how). The result depends on how many copies there are, not on which worker has
+    which; with one it is that of `trainer.run`, bit for bit. `window`, `shuffle`, `validation`, `schedule` and the rest
+    are the trainer's. `data`: encoded rows that all workers can read, or their URI, from the first row on. A `Dense` or
+    a `BertCTR` is learned by `fit_dense`, `copies` being its ranks.
 
     Each copy takes three times the memory of the model (itself, what it was at the last merge, what is sent), three
     windows of rows, and up to `keep` bytes of decoded rows, which it keeps for the next epoch.

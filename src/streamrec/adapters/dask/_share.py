@@ -12,6 +12,8 @@ from streamrec.storage import EncodedRows
 
 __all__ = ["Cuts", "Share"]
 
+COPIES_A_ROUND = 4
+"""So many copies, or fewer, may be merged once an epoch; twice as many want to be twice."""
 FIRST_STEP = 500
 """Rows that each copy of a new model learns before the first merge; then, of two, as many again as it has learned by
 then, and so on, and fewer of more: what a model learns first moves it most, and the more the more copies there are."""
@@ -33,7 +35,8 @@ class Cuts(NamedTuple):
     def rounds(self) -> int:
         if self.copies == 1:
             return -(-self.rows // self.window)
-        return -(-self.rows // (self.copies * self.apart))
+        fewest = max(self.copies // COPIES_A_ROUND, 1)
+        return max(-(-self.rows // (self.copies * self.apart)), min(fewest, self.rows))
 
     def begin(self, number: int) -> int:
         """The first row of a round."""
