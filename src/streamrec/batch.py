@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrec.errors import ConfigError
+
 __all__ = ["Batch", "LabeledRows"]
 
 _SAVED = ("ids", "values", "fields", "text_refs", "times")
@@ -136,6 +138,17 @@ class LabeledRows(NamedTuple):
     batch: Batch
     labels: NDArray[np.float32]
     weights: NDArray[np.float32]
+
+    @staticmethod
+    def of(batch: Batch, labels: NDArray[Any], weights: NDArray[Any] | None = None) -> LabeledRows:
+        """As `Model.learn` takes them; `weights`: None: 1 each. Raises `ConfigError` where their numbers differ."""
+        labels = np.ascontiguousarray(labels, dtype=np.float32)
+        weights = np.ascontiguousarray(np.ones(len(batch)) if weights is None else weights, dtype=np.float32)
+        if not len(labels) == len(weights) == len(batch):
+            raise ConfigError(
+                f"{len(batch)} rows need as many labels and weights, got {len(labels)} and {len(weights)}"
+            )
+        return LabeledRows(batch, labels, weights)
 
     def take(self, rows: NDArray[np.int64] | slice) -> LabeledRows:
         """These rows, in this order, over the same columns."""

@@ -16,7 +16,7 @@ from streamrec.preprocessors import encode
 from streamrec.testing import check_model
 from streamrec.testing._state import copy_state, first_difference
 from streamrec.trainers import Linear
-from tests.models.tiny_bert import CHINESE, WORDS, tiny_bert
+from tests.models.tiny_bert import CHINESE, WORDS, changed, tiny_bert
 
 SCHEMA = sr.Schema(sr.Id("user"), sr.Text("query"), sr.Text("title"))
 QUICK = AdamW(lr=2e-3, batch_size=4, micro_batch=3)
@@ -491,3 +491,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(shorter, encoding="utf-8")
     with pytest.raises(sr.ConfigError, match=r"lacks bert\.encoder\.layer\.2"):
         sr.BertCTR(SCHEMA, other)
+    (other / "config.json").write_text(shorter.replace('layers": 3', 'layers": 1'), encoding="utf-8")
+    with pytest.raises(sr.ConfigError, match=r"encoder\.layer\.1.*layers beyond its 1"):
+        sr.BertCTR(SCHEMA, other)
+    with pytest.raises(sr.ConfigError, match="another model's"):
+        sr.BertCTR(SCHEMA, changed(wide, tmp_path / "shifted", pad_token_id=1))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import streamrec as sr
 from streamrec.models import TextEncoder
 from streamrec.models.text_encoder import normalised
-from tests.models.tiny_bert import CHINESE, WORDS, tiny_bert
+from tests.models.tiny_bert import CHINESE, WORDS, changed, tiny_bert
 
 TITLES = [
     "white hanging heart t-light holder",
@@ -286,22 +286,13 @@ def test_folders_that_hold_no_model(folder: Path, tmp_path: Path) -> None:
         TextEncoder(tmp_path)
 
 
-def _changed(folder: Path, to: Path, **changes: Any) -> Path:
-    to.mkdir()
-    for path in folder.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**config, **changes}))
-    return to
-
-
 def test_a_checkpoint_that_lacks_weights_or_has_others(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigError, match=r"lacks encoder\.layer\.2.* and \d+ more"):
-        TextEncoder(_changed(folder, tmp_path / "more", num_hidden_layers=3))
+        TextEncoder(changed(folder, tmp_path / "more", num_hidden_layers=3))
     with pytest.raises(sr.ConfigError, match=r"encoder\.layer\.1.*layers beyond its 1"):
-        TextEncoder(_changed(folder, tmp_path / "fewer", num_hidden_layers=1))
+        TextEncoder(changed(folder, tmp_path / "fewer", num_hidden_layers=1))
     with pytest.raises(sr.ConfigError, match="cannot be loaded"):
-        TextEncoder(_changed(folder, tmp_path / "narrow", hidden_size=16))
+        TextEncoder(changed(folder, tmp_path / "narrow", hidden_size=16))
 
 
 def test_heads_of_a_checkpoint_are_left(folder: Path, tmp_path: Path, encoder: TextEncoder) -> None:
@@ -315,11 +306,11 @@ def test_heads_of_a_checkpoint_are_left(folder: Path, tmp_path: Path, encoder: T
 
 
 def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path, minilm: TextEncoder) -> None:
-    mixed = _changed(folder, tmp_path / "mixed")
+    mixed = changed(folder, tmp_path / "mixed")
     minilm.tokenizer.save_pretrained(mixed)
     with pytest.raises(sr.ConfigError, match=r"30,522 tokens and the model has vectors for 1"):
         TextEncoder(mixed)
-    shifted = _changed(folder, tmp_path / "shifted", pad_token_id=1)
+    shifted = changed(folder, tmp_path / "shifted", pad_token_id=1)
     with pytest.raises(sr.ConfigError, match="pads with token 0 and the model with 1"):
         TextEncoder(shifted)
 

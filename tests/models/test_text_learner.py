@@ -24,6 +24,7 @@ from streamrec.protocols import LEARN, SCORE
 from streamrec.testing._state import check_state_is_plain, copy_state, first_difference
 from tests.models.test_bert_fm import BATCH, HIDDEN, LABELS, SCHEMA, SHOWN, Words, labeled
 from tests.models.test_bert_fm import made as frozen
+from tests.models.test_text_encoder import STRANGE
 from tests.models.tiny_bert import tiny_bert
 
 pytest.importorskip("peft")
@@ -259,6 +260,39 @@ def test_a_scorer_follows_the_versions_from_the_store_alone(encoder: sr.TextEnco
         expected = trainer.model.predict(encode(SCHEMA, SHOWN).batch)
         assert scorer.score(SHOWN).tobytes() == expected.tobytes()
     assert trainer.model.texts.counts["versions"] >= 3
+
+
+@pytest.mark.parametrize("text", [None, *STRANGE], ids=lambda text: repr(text)[:12])
+def test_any_text_is_scored_learned_from_and_served(encoder: sr.TextEncoder, text: str | None) -> None:
+    shown = [sr.Impression(str(n), float(n), "u", "p", {"title": text, "query": text}) for n in range(4)]
+    model = made(learner(encoder, every=1, optimizer=AdamW(lr=0.02, batch_size=2)))
+    trainer = sr.OnlineTrainer(model=model, store=sr.Store("memory://any-text"))
+    scores = trainer.push([sr.Labeled(one, float(n % 2)) for n, one in enumerate(shown)])
+    trainer.publish()
+    assert np.isfinite(scores).all() and model.left_out == 0
+    counts = model.texts.counts
+    assert counts["left_out"] == 0 and (counts["learned"] > 0) == bool(encoder.tokens([text])[0])
+    served = sr.Scorer(sr.Store("memory://any-text")).score(shown)
+    assert served.tobytes() == model.predict(encode(SCHEMA, shown).batch).tobytes()
+
+
+def test_memory_that_runs_out_halves_what_the_encoder_learns_at_once(encoder: sr.TextEncoder) -> None:
+    from streamrec.models._text_learning import Learning
+    from streamrec.models.text_learner import Example
+
+    whole = Learning._loss
+
+    def narrow(self: Any, tokens: Any, some: Any) -> Any:
+        if len(some) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return whole(self, tokens, some)
+
+    numbers = np.random.default_rng(0).normal(size=(2, 4, HIDDEN)).astype(np.float32)
+    texts = learner(encoder, optimizer=AdamW(lr=0.02, batch_size=4))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Learning, "_loss", narrow)
+        texts.learn([Example(title, *numbers[:, n]) for n, title in enumerate(TITLES)])
+    assert texts.counts["halved"] == 2 and texts.counts["learned"] == 4
 
 
 def test_a_frozen_model_goes_on_learning_and_what_does_not_fit_is_refused(encoder: sr.TextEncoder) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 WORDS = [
     "red",
@@ -70,3 +72,13 @@ def tiny_bert(folder: Path, *, hidden: int = 32, layers: int = 2, positions: int
     model.save_pretrained(folder)
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+def changed(folder: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a model whose config.json says something else."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, **changes}))
+    return to

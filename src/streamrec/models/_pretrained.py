@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,16 @@ from streamrec.models.tuning import LoRA
 __all__ = ["built", "files_of", "head_of", "load", "merged", "tokenizer_of", "with_lora", "write"]
 
 
-def load(
-    checkpoint: str | os.PathLike[str], auto: Callable[[], Any], seed: int, **settings: Any
-) -> tuple[Any, Any, Sequence[str]]:
+def load(checkpoint: str | os.PathLike[str], kind: str, seed: int, **settings: Any) -> tuple[Any, Any, Sequence[str]]:
     """The model, in float32 and eval mode, its tokenizer, and the names of the weights of a head that is new.
 
-    `auto`: gives the class of transformers that loads it. A head that the checkpoint does not have begins with random
+    `kind`: the class of transformers that loads it. A head that the checkpoint does not have begins with random
     weights drawn by `seed`, as wide as the configuration says. Raises `ConfigError` where the checkpoint cannot be
-    had, lacks weights of the encoder, or does not fit its tokenizer.
+    had, lacks weights of the encoder, has more of them than it should, or does not fit its tokenizer.
     """
-    from transformers import AutoTokenizer
-
     named = os.fspath(checkpoint)
-    with _text_files.local(named) as folder, _text_files.quiet(), torch.random.fork_rng([]):
-        try:
-            module, report = auto().from_pretrained(folder, output_loading_info=True, **settings)
-        except Exception as error:  # of whichever library reads the files, of many types
-            raise ConfigError(f"the model in {named} cannot be loaded: {error}") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:
-            raise ConfigError(f"the tokenizer in {named} cannot be loaded: {error}") from error
-    module = module.to(torch.float32).eval()
-    new = set(report["missing_keys"])
-    prefix = f"{module.base_model_prefix}."
-    heads = (prefix + "pooler.", "pooler.")
-    whole = module.base_model is module  # an encoder alone, without a head
-    lost = sorted(name for name in new if (whole or name.startswith(prefix)) and not name.startswith(heads))
-    if lost:
-        raise ConfigError(
-            f"the checkpoint in {named} lacks {_text_files.some(lost)}, which would be random numbers: its config.json "
-            "is of another model, or it was not written whole"
-        )
-    _text_files.require_fit(module, tokenizer, named)
+    with _text_files.local(named) as folder:
+        module, tokenizer, new, _ = _text_files.load(folder, named, kind, **settings)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         if name in new:
@@ -61,7 +38,7 @@ def load(
                     weight.normal_(std=getattr(module.config, "initializer_range", 0.02), generator=generator)
                 elif name.endswith("bias"):
                     weight.zero_()
-    return module, tokenizer, sorted(new)
+    return module, tokenizer, new
 
 
 def head_of(module: Any) -> Sequence[str]:
@@ -71,13 +48,13 @@ def head_of(module: Any) -> Sequence[str]:
     return [name for name in names if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")]
 
 
-def built(architecture: str, auto: Callable[[], Any]) -> Any:
+def built(architecture: str, kind: str) -> Any:
     """A model of this configuration, as JSON has it, whose weights are to be loaded."""
-    from transformers import AutoConfig
+    import transformers
 
     described = json.loads(architecture)
     with torch.random.fork_rng([]), _text_files.quiet():
-        module = auto().from_config(AutoConfig.for_model(**described))
+        module = getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(**described))
     return module.to(torch.float32).eval()
 
 

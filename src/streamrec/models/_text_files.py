@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamrec.errors import ConfigError
 
-__all__ = ["HUB_SECONDS", "load", "local", "most_tokens", "quiet", "require_fit", "resolved"]
+__all__ = ["HUB_SECONDS", "Loaded", "load", "local", "most_tokens", "quiet", "require_fit", "resolved"]
 
 HUB_SECONDS = 5.0
 """How long the hub may take to say whether it has a model."""
@@ -114,49 +114,59 @@ def quiet() -> Iterator[None]:
             talk.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load(folder: str, named: str) -> tuple[Any, Any, tuple[str, ...]]:
-    """The model without its pooler, in float32 and eval mode; its tokenizer; the weights in its files that were left.
+class Loaded(NamedTuple):
+    """A model in float32 and eval mode, its tokenizer, and the names of the weights that its files lack (a head's) and
+    of those in its files that were left."""
 
-    Raises `ConfigError`, naming them, where weights are missing, or where some are left that belong to its layers.
+    module: Any
+    tokenizer: Any
+    new: Sequence[str]
+    left: Sequence[str]
+
+
+def load(folder: str, named: str, kind: str, **settings: Any) -> Loaded:
+    """By the class `kind` of transformers, with these settings; an `add_pooling_layer` among them is left out where the
+    model never had a pooler.
+
+    Raises `ConfigError`, naming them, where weights of the encoder are missing, or where some are left that belong to
+    its layers, or where the tokenizer is another model's.
     """
-    from transformers import AutoModel, AutoTokenizer
+    import torch
+    import transformers
 
-    with quiet():
+    auto = getattr(transformers, kind)
+    with quiet(), torch.random.fork_rng([]):
         try:
-            module, report = _module(AutoModel, folder)
+            try:
+                module, report = auto.from_pretrained(folder, output_loading_info=True, **settings)
+            except TypeError:
+                if settings.pop("add_pooling_layer", None) is None:
+                    raise
+                module, report = auto.from_pretrained(folder, output_loading_info=True, **settings)
         except Exception as error:  # of whichever library reads the files, of many types
             raise ConfigError(f"the model in {named} cannot be loaded: {error}") from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             raise ConfigError(f"the tokenizer in {named} cannot be loaded: {error}") from error
-    missing = sorted(key for key in report["missing_keys"] if not _HEADS.search(key))
-    if missing:
+    prefix = "" if module.base_model is module else f"{module.base_model_prefix}."  # an encoder alone has no head
+    new, left = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    lost = [key for key in new if key.startswith(prefix) and not _HEADS.search(key)]
+    if lost:
         raise ConfigError(
-            f"the checkpoint in {named} lacks {some(missing)}, which would be random numbers: its config.json is "
+            f"the checkpoint in {named} lacks {some(lost)}, which would be random numbers: its config.json is "
             "of another model, or it was not written whole"
         )
-    left = tuple(sorted(report["unexpected_keys"]))
-    ours = {key.split(".")[0] for key, _ in module.named_parameters()}
+    ours = {name for name, _ in (*module.named_children(), *module.base_model.named_children())}
     body = [key for key in left if not _HEADS.search(key) and not key.endswith("position_ids")]
     body = [key for key in body if ours & set(key.split(".")[:2])]
     if body:
         raise ConfigError(
             f"the checkpoint in {named} has {some(body)} that its config.json does not know, such as layers beyond "
-            f"its {getattr(module.config, 'num_hidden_layers', 'number')}: its vectors would not be that model's"
+            f"its {getattr(module.config, 'num_hidden_layers', 'number')}: it would not be that model"
         )
-    return module, tokenizer, left
-
-
-def _module(auto: Any, folder: str) -> tuple[Any, Any]:
-    import torch
-
-    options: dict[str, Any] = {"output_loading_info": True}
-    try:
-        module, report = auto.from_pretrained(folder, add_pooling_layer=False, **options)
-    except TypeError:  # a model that never had a pooler
-        module, report = auto.from_pretrained(folder, **options)
-    return module.to(torch.float32).eval(), report
+    require_fit(module, tokenizer, named)
+    return Loaded(module.to(torch.float32).eval(), tokenizer, new, left)
 
 
 def some(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
 
-from streamrec.batch import Batch
+from streamrec.batch import Batch, LabeledRows
 from streamrec.errors import ConfigError
 from streamrec.models import _pretrained, _text_files
 from streamrec.models._activations import Activations
@@ -32,6 +32,7 @@ from streamrec.schema import Schema
 __all__ = ["BertCTR"]
 
 SETTINGS = "streamrec.json"
+KIND = "AutoModelForSequenceClassification"
 _FULL, _ADAMW = Full(), AdamW()
 _AUGMENT, _SAMPLE = 0x617567, 0x73616D  # so that what is drawn for one purpose is not what is drawn for another
 
@@ -71,7 +72,7 @@ class BertCTR:
         seed: int = 0,
     ) -> None:
         self._configure(schema, checkpoint, pair, tune, optimizer, labels, class_weights, negatives, seed)
-        self._adopt(*_pretrained.load(self.checkpoint, _classifier, seed, num_labels=labels)[:2])
+        self._adopt(*_pretrained.load(self.checkpoint, KIND, seed, num_labels=labels)[:2])
 
     def _configure(
         self,
@@ -244,9 +245,9 @@ class BertCTR:
 
     def learn(self, batch: Batch, labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
         """Learn these rows after those that wait, as many as fill steps. `labels`, `weights`: float32 `(rows,)`."""
-        count = len(batch)
-        given = np.ones(count, dtype=np.float32) if weights is None else weights
-        self.step(batch, np.arange(count), np.full(count, LEARN, dtype=np.int8), labels, given)
+        given = LabeledRows.of(batch, labels, weights)
+        rows, ops = np.arange(len(batch), dtype=np.int64), np.full(len(batch), LEARN, dtype=np.int8)
+        self.step(batch, rows, ops, given.labels, given.weights)
 
     def step(
         self,
@@ -400,7 +401,7 @@ class BertCTR:
 
     def _load_published(self, state: State) -> None:
         if self._module is None:
-            module = _pretrained.built(state["architecture"], _classifier)
+            module = _pretrained.built(state["architecture"], KIND)
             self._adopt(module, _pretrained.tokenizer_of(state["tokenizer"]))
         elif dict(state["tokenizer"]) != dict(self._files):
             raise ConfigError(f"what was published has another tokenizer than the model in {self.checkpoint}")
@@ -422,12 +423,6 @@ class BertCTR:
         with torch.no_grad():
             for name, weight in saved.items():
                 mine[name].copy_(weight)
-
-
-def _classifier() -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification
 
 
 def _losses(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from streamrec._pointers import pointers_to
-from streamrec.batch import Batch
+from streamrec.batch import Batch, LabeledRows
 from streamrec.errors import ConfigError, SchemaError
 from streamrec.hashing import id_of
 from streamrec.models import _kernels
@@ -264,14 +264,9 @@ class FM(nn.Module):
 
     def learn(self, batch: Batch, labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
         """One gradient step of the log loss per row, in order. `labels`, `weights`: float32 `(rows,)`."""
-        rows = np.arange(len(batch), dtype=np.int64)
-        labels = np.ascontiguousarray(labels, dtype=np.float32)
-        weights = np.ascontiguousarray(np.ones(len(batch)) if weights is None else weights, dtype=np.float32)
-        if not len(labels) == len(weights) == len(batch):
-            raise ConfigError(
-                f"{len(batch)} rows need as many labels and weights, got {len(labels)} and {len(weights)}"
-            )
-        self.step(batch, rows, np.full(len(batch), LEARN, dtype=np.int8), labels, weights)
+        given = LabeledRows.of(batch, labels, weights)
+        rows, ops = np.arange(len(batch), dtype=np.int64), np.full(len(batch), LEARN, dtype=np.int8)
+        self.step(batch, rows, ops, given.labels, given.weights)
 
     def step(
         self,

@@ -33,7 +33,7 @@ USUAL_TOKENS = 128
 CHARACTERS = 32
 """Of a text, as many characters are read for each token it may have; a megabyte is not tokenized for its first page."""
 FEWEST_ROWS = 16
-"""Matrix products of fewer rows take other paths, which round differently."""
+"""In float32, matrix products of fewer rows take other paths, which round differently."""
 
 _DROPPED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]+")
 _BLANK = re.compile("[ \t\n\r]+")
@@ -112,13 +112,13 @@ class TextEncoder:
         self.threads, self.batch_tokens = threads, batch_tokens
         self._module: torch.nn.Module
         with _text_files.local(model) as folder:
-            self._module, self.tokenizer, self.ignored_weights = _text_files.load(folder, self.model)
+            loaded = _text_files.load(folder, self.model, "AutoModel", add_pooling_layer=False)
+        self._module, self.tokenizer, self.ignored_weights = loaded.module, loaded.tokenizer, tuple(loaded.left)
         self._module.requires_grad_(False)
         most = _text_files.most_tokens(self._module.config)
         if max_tokens is not None and max_tokens > most:
             raise ConfigError(f"max_tokens must be {most} at most, the positions of {self.model}, got {max_tokens}")
         self.max_tokens = max_tokens or min(USUAL_TOKENS, most)
-        _text_files.require_fit(self._module, self.tokenizer, self.model)
         self.hidden = int(self._module.config.hidden_size)  # type: ignore[union-attr,arg-type]
         self._special = len(self.tokenizer("", add_special_tokens=True)["input_ids"])
         self._lent = False
@@ -131,8 +131,9 @@ class TextEncoder:
     def _prepare(self) -> None:
         """Make ready what computes the last layer by the weights as they are now."""
         self._run: Any
+        self._fewest = FEWEST_ROWS
         if self.backend == "ctranslate2":
-            self._run = CTranslate2(self._module, self.tokenizer, self.precision)
+            self._run, self._fewest = CTranslate2(self._module, self.tokenizer, self.precision), 1
             return
         module: Any = self._module
         if self.compile:
@@ -227,7 +228,7 @@ class TextEncoder:
         device = next(self._module.parameters()).device
         parts: list[tuple[list[int], torch.Tensor]] = []
         for length in sorted(groups):
-            most, least = max(self.batch_tokens // length, 1), -(-FEWEST_ROWS // length)
+            most, least = max(self.batch_tokens // length, 1), -(-self._fewest // length)
             for start in range(0, len(groups[length]), most):
                 part = groups[length][start : start + most]
                 rows = [tokens[n] for n in part]

@@ -156,13 +156,7 @@ class Dense:
 
     def learn(self, batch: Batch, labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None) -> None:
         """Learn these rows after those that wait, as many as fill steps. `labels`, `weights`: float32 `(rows,)`."""
-        labels = np.array(labels, dtype=np.float32)
-        weights = np.ones(len(labels), dtype=np.float32) if weights is None else np.array(weights, dtype=np.float32)
-        if not len(labels) == len(weights) == len(batch):
-            raise ConfigError(
-                f"{len(batch)} rows need as many labels and weights, got {len(labels)} and {len(weights)}"
-            )
-        rows = LabeledRows(batch, labels, weights)
+        rows = LabeledRows.of(batch, labels, weights)
         if self._held is not None:
             rows = LabeledRows.concatenated([self._held, rows])
         whole = len(rows.labels) - len(rows.labels) % self.batch_size

@@ -150,8 +150,8 @@ class _Run:
         seed: int,
     ) -> None:
         self.objective, self.epochs, self.seed, self.schedule = objective, epochs, seed, schedule
-        auto = _masked_lm if isinstance(objective, MaskedLM) else _encoder
-        self.module, self.tokenizer, _ = _pretrained.load(checkpoint, auto, seed)
+        kind = "AutoModelForMaskedLM" if isinstance(objective, MaskedLM) else "AutoModel"
+        self.module, self.tokenizer, _ = _pretrained.load(checkpoint, kind, seed)
         if isinstance(objective, MaskedLM) and self.tokenizer.mask_token is None:
             raise ConfigError(f"the tokenizer in {checkpoint} has no mask token, which MaskedLM needs")
         positions = _text_files.most_tokens(self.module.config)
@@ -302,15 +302,3 @@ class _Run:
                 weight.copy_(weights[name])
         self.gradient.load_state_dict(state["gradient"])
         self.done, self.loss, self.weighed = int(state["done"]), float(state["loss"]), float(state["weighed"])
-
-
-def _masked_lm() -> Any:
-    from transformers import AutoModelForMaskedLM
-
-    return AutoModelForMaskedLM
-
-
-def _encoder() -> Any:
-    from transformers import AutoModel
-
-    return AutoModel
