@@ -82,6 +82,10 @@ def main(streams: int) -> None:
     print(f"{streams:,} streams of {LABELS:,} labels, looked at every {PIECE}; worse={gate.worse}, 95 % confidence\n")
     print(f"equal models: {share['turned down']:.1%} turned down as worse, {share['promoted']:.1%} promoted")
     print(f"equal models, watched: {taken_back / streams:.1%} taken back")
+    bound = shift_of(gate.worse)
+    found = [trial(gate, seed, bound) for seed in range(streams)]
+    promoted = sum(ended == "promoted" for ended, _ in found)
+    print(f"{gate.worse:.2%} worse, at the bound: {promoted / streams:.1%} promoted")
     for name, worse, flipped in (("1 % worse in NE", shift_of(0.01), False), ("a poisoned hour's", 0.0, True)):
         found = [trial(gate, seed, worse, flipped) for seed in range(streams)]
         after = sorted(labels for ended, labels in found if ended == "turned down")

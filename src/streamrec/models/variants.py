@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from streamrec._compile import compiled
 from streamrec.errors import ConfigError
 from streamrec.models import _kernels
 from streamrec.models.fm import FM
@@ -75,24 +74,20 @@ def _load(made: FM, model: FM, same_optimizer: bool, same_linear: bool) -> None:
 def _set_z(made: FM, rule: FTRL, of_factors: bool) -> None:
     """Let the weights be what they are under this rule, whose z was another's."""
     rows, dim = made._table.array[: made.ids.used], made.dim
-    numbers = rule.lr, rule.beta, rule.l1, rule.l2
     if of_factors:
         for factor in range(dim):
-            _move_z(rows, factor, dim + 1 + factor, 2 * dim + 1 + factor, *numbers)
+            _move_z(rows[:, factor], rows[:, dim + 1 + factor], rows[:, 2 * dim + 1 + factor], rule)
     else:
         z = dim + 1 + made._state_width - made._linear_slots
-        _move_z(rows, dim, z, z + 1, *numbers)
-        bias = np.array([[made.bias.item(), *made.optimizer_bias.tolist()]], dtype=np.float32)
-        _move_z(bias, 0, 1, 2, *numbers)
-        made.optimizer_bias[0] = float(bias[0, 1])
+        _move_z(rows[:, dim], rows[:, z], rows[:, z + 1], rule)
+        bias = np.array([made.bias.item(), *made.optimizer_bias.tolist()], dtype=np.float32)
+        _move_z(bias[:1], bias[1:2], bias[2:3], rule)
+        made.optimizer_bias[0] = float(bias[1])
 
 
-@compiled()
-def _move_z(rows: Any, weight: int, z: int, sum_: int, lr: float, beta: float, l1: float, l2: float) -> None:
-    """Write the z under which these weights are what they are. A weight of 0 stays so while |z| <= l1."""
-    for row in rows:
-        w = row[weight]
-        if w == 0:
-            row[z] = min(max(row[z], -l1), l1)
-        else:
-            row[z] = -w * ((beta + math.sqrt(row[sum_])) / lr + l2) - (l1 if w > 0 else -l1)
+def _move_z(weights: NDArray[np.float32], z: NDArray[np.float32], sums: NDArray[np.float32], rule: FTRL) -> None:
+    """Write the z under which these weights are what they are, all `(rows,)`: that at which they would begin, and what
+    the gradients so far hold them back by. A weight of 0 stays so while |z| <= l1."""
+    exact = weights.astype(np.float64)
+    found = rule.start(torch.from_numpy(exact)).numpy() - exact * np.sqrt(sums) / rule.lr
+    z[...] = np.where(exact == 0, np.clip(z, -rule.l1, rule.l1), found)
