@@ -126,7 +126,7 @@ class Decoded(Placed):
 
     So every field is of the very type declared, strings are valid Unicode, and numbers finite: `Validate` need not look
     again. `lines`: what each was read from, where that was JSON: an archive stores what was read, instead of making
-    JSON of it again.
+    JSON of it again. Raises `ValueError` where there is not one for each.
     """
 
     def __init__(
@@ -136,6 +136,8 @@ class Decoded(Placed):
         lines: Sequence[bytes] | None = None,
     ) -> None:
         super().__init__(items, place)
+        if lines is not None and len(lines) != len(self):
+            raise ValueError(f"there must be a line for each item, got {len(lines)} for {len(self)}")
         self.lines = lines
 
 

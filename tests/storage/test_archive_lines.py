@@ -107,6 +107,8 @@ def test_lines_go_with_the_very_events_that_were_read() -> None:
     assert lines_of(items, [shown[0], other, *shown[2:]]) is None
     assert lines_of(items, [shown[1], shown[0]]) is None
     assert lines_of(list(shown), shown) is None
+    with pytest.raises(ValueError, match="3 for 4"):
+        Decoded(shown, lines=read[1:])
 
 
 @pytest.mark.parametrize("pseudonyms", [False, True])

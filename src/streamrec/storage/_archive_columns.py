@@ -7,8 +7,7 @@ without Python's lock. Where the lines are known that events were read from, tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import compress, groupby
 from operator import itemgetter
@@ -18,24 +17,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec.errors import ConfigError
 from streamrec.events import DeadLetter, Event, Feedback, Impression
+from streamrec.storage._archive_arrow import Reals, Strings, Words, arrow, between, strings_of
+from streamrec.storage._archive_json import json_lines, sound
 from streamrec.storage._archive_lines import NUMBERS, TEXTS, found_in
 
-__all__ = ["DATASETS", "PLAIN", "DeadRows", "EventRows", "LabelRows", "Rows", "arrow", "of_dataset"]
+__all__ = ["DATASETS", "PLAIN", "DeadRows", "EventRows", "LabelRows", "Rows", "of_dataset"]
 
 PLAIN = {Impression, Feedback}
-_DEEPEST = 32  # features nested deeper are cut off there
 _BLOCK = 1 << 20  # bytes of lines from which columns are made at once
-
-
-def arrow() -> Any:
-    """pyarrow. Raises `ConfigError`, saying what to type, where it is not there."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError('an archive needs pyarrow: pip install "streamrec[dask]"') from error
-    return pyarrow
 
 
 @cache
@@ -74,115 +64,6 @@ class Rows(Protocol):
         ...
 
 
-class Strings:
-    """A column of strings."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []  # of each, strings with a zero between two
-        self._odd: list[list[Any]] | None = None  # all of them, once one has a zero in it, or is None
-
-    def add(self, strings: list[Any]) -> None:
-        """Take these, behind those before."""
-        if not strings:
-            return
-        if self._odd is None:
-            with suppress(TypeError):  # there is a None
-                part = "\0".join(strings)
-                if part.count("\0") == len(strings) - 1:
-                    self._parts.append(part)
-                    return
-            self._odd = [part.split("\0") for part in self._parts]
-            self._parts = []
-        self._odd.append(strings)
-
-    def column(self, there: NDArray[np.bool_] | None = None) -> Any:
-        """An Arrow column; with `there`, only these of its rows are strings."""
-        if self._odd is None:
-            whole = "\0".join(self._parts).encode("utf-8", "replace")
-            return _between(whole + b"\0" if self._parts else whole, 0, there)
-        values = [None if one is None else _sound(one) for part in self._odd for one in part]
-        if there is not None:
-            given = iter(values)
-            values = [next(given) if one else None for one in there.tolist()]
-        return arrow().array(values, arrow().large_string())
-
-
-def _between(data: bytes, mark: int, there: NDArray[np.bool_] | None) -> Any:
-    """An Arrow column of the strings that each end at a byte `mark`, which stands nowhere else."""
-    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == mark)
-    ends -= np.arange(len(ends))  # without the marks
-    starts = np.concatenate([[0], ends])
-    if there is not None:  # a row without a string ends where the one before it did
-        starts = starts[np.concatenate([[0], np.cumsum(there)])]
-    return _strings(data.translate(None, bytes([mark])), starts, there)
-
-
-def _strings(data: Any, starts: NDArray[np.int64], there: NDArray[np.bool_] | None) -> Any:
-    """An Arrow column of strings, the bytes of which are one behind the other, and end at the last of `starts`; with
-    `there`, only these of its rows are strings."""
-    pa = arrow()
-    valid = None if there is None else pa.py_buffer(np.packbits(there, bitorder="little"))
-    return pa.LargeStringArray.from_buffers(len(starts) - 1, pa.py_buffer(starts), pa.py_buffer(data), valid)
-
-
-class Words:
-    """A column of strings of which there are few."""
-
-    def __init__(self) -> None:
-        self._codes: dict[str, int] = {}
-        self._parts: list[tuple[int, int] | NDArray[np.int32]] = []  # a word's number and how often, or those of some
-
-    def add(self, words: list[str]) -> None:
-        """Take these, behind those before."""
-        if words.count(words[0]) == len(words):
-            self.add_one(words[0], len(words))
-            return
-        codes = self._codes
-        for word in {*words} - codes.keys():
-            codes[word] = len(codes)
-        self._parts.append(np.array([codes[word] for word in words], dtype=np.int32))
-
-    def add_one(self, word: str, times: int) -> None:
-        """Take this one so many times."""
-        self._parts.append((self._codes.setdefault(word, len(self._codes)), times))
-
-    def column(self, there: NDArray[np.bool_] | None = None) -> Any:
-        """An Arrow column; with `there`, only these of its rows are strings."""
-        pa = arrow()
-        parts = [np.full(one[1], one[0], np.int32) if isinstance(one, tuple) else one for one in self._parts]
-        codes = np.concatenate([np.empty(0, dtype=np.int32), *parts])
-        if there is not None:
-            codes = _spread(codes, there, 0)
-        mask = None if there is None else ~there
-        found = pa.DictionaryArray.from_arrays(pa.array(codes, mask=mask), [_sound(word) for word in self._codes])
-        return found.cast(pa.string())
-
-
-class Reals:
-    """A column of numbers, many of which there are not."""
-
-    def __init__(self) -> None:
-        self._parts: list[int | NDArray[np.float64]] = []  # how many that are not there, or some
-
-    def add(self, numbers: list[float | None]) -> None:
-        """Take these, behind those before."""
-        if numbers.count(None) == len(numbers):  # numpy makes nan of None, but takes its time for it
-            self._parts.append(len(numbers))
-        else:
-            self._parts.append(np.array(numbers, dtype=np.float64))
-
-    def column(self, there: NDArray[np.bool_]) -> Any:
-        """An Arrow column of which only these rows are numbers, and not all of them: nan is none."""
-        parts = [np.full(one, np.nan) if isinstance(one, int) else one for one in self._parts]
-        return arrow().array(_spread(np.concatenate([np.empty(0), *parts]), there, np.nan), from_pandas=True)
-
-
-def _spread(values: NDArray[Any], there: NDArray[np.bool_], otherwise: Any) -> NDArray[Any]:
-    spread = np.full(len(there), otherwise, dtype=values.dtype)
-    spread[there] = values
-    return spread
-
-
 class Told:
     """Events that were taken apart: what is in them but for their times."""
 
@@ -206,7 +87,7 @@ class Told:
             self._users.add([event.user for event in shown])
             self._items.add([event.item for event in shown])
             self._scores.add([event.score for event in shown])
-            features = _json_lines([event.features for event in shown])
+            features = json_lines([event.features for event in shown])
             self._features.append(features)
         if len(shown) < len(events):
             told: Any = [event for event in events if type(event) is Feedback]
@@ -224,7 +105,7 @@ class Told:
             "id": self._ids.column(),
             "user": self._users.column(shown),
             "item": self._items.column(shown),
-            "features": _between(b"".join(self._features), ord("\n"), shown),
+            "features": between(b"".join(self._features), ord("\n"), shown),
             "score": self._scores.column(shown),
             "impression_id": self._impressions.column(told),
             "kind": self._kinds.column(told),
@@ -250,11 +131,11 @@ class Read:
         ends = np.cumsum([len(whole) for whole, _ in self._parts]) // _BLOCK
         for _, block in groupby(zip(ends.tolist(), self._parts, strict=True), key=itemgetter(0)):
             wholes, lengths = zip(*(part for _, part in block), strict=True)
-            shown, texts, numbers = found_in(wholes, np.concatenate(lengths), _json_lines)
+            shown, texts, numbers = found_in(wholes, np.concatenate(lengths), json_lines)
             theirs = {"id": None, "impression_id": ~shown, "kind": ~shown}
             yield {
                 "type": _types(shown),
-                **{name: _strings(*text, theirs.get(name, shown)) for name, text in zip(TEXTS, texts, strict=True)},
+                **{name: strings_of(*text, theirs.get(name, shown)) for name, text in zip(TEXTS, texts, strict=True)},
                 **{name: pa.array(one, from_pandas=True) for name, one in zip(NUMBERS, numbers, strict=True)},
             }
 
@@ -377,7 +258,7 @@ class DeadRows:
     def add(self, letter: DeadLetter, raw: bool) -> None:
         """Take one; without `raw`, without what quotes what came."""
         position = msgspec.json.encode(letter.position).decode()
-        reason = _sound(letter.reason)
+        reason = sound(letter.reason)
         self._letters.append((position, reason, letter.raw) if raw else (position, reason.partition(":")[0], b""))
         self.size += sum(map(len, self._letters[-1]))
 
@@ -409,48 +290,3 @@ def _plain_event(event: Event) -> Impression | Feedback:
         return Impression(event.id, event.time, event.user, event.item, event.features, event.score)
     told: Any = event
     return Feedback(told.id, told.impression_id, told.time, told.kind, told.value)
-
-
-# -- features, whatever is in them -------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has in the place of a value that it has not."""
-    if isinstance(value, (np.generic, np.ndarray)):  # straight from a computation
-        return value.tolist()
-    return dict(value) if isinstance(value, Mapping) else _sound(repr(value))
-
-
-_encode_lines = msgspec.json.Encoder(enc_hook=_plain).encode_lines
-
-
-def _json_lines(features: list[Any]) -> bytes:
-    try:
-        return _encode_lines(features)
-    except Exception:  # broad on purpose: the values are the user's, and an archive may not stop the stream
-        return _encode_lines([_cleaned(one) for one in features])
-
-
-def _cleaned(value: Any, depth: int = 0) -> Any:
-    """A value as something that JSON can hold: half surrogates replaced, what it has not as its `repr`."""
-    if value is None or type(value) in (bool, float):
-        return value
-    if isinstance(value, str):
-        return _sound(value)
-    if type(value) is int and -(2**63) <= value < 2**64:
-        return value
-    if depth < _DEEPEST:
-        if isinstance(value, Mapping):
-            return {_sound(str(name)): _cleaned(each, depth + 1) for name, each in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset, np.ndarray, np.generic)):
-            told = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-            return [_cleaned(each, depth + 1) for each in told] if np.iterable(told) else told
-    try:
-        return _sound(repr(value))[:200]
-    except Exception:  # broad on purpose, as above: not even that
-        return f"a {type(value).__name__}"
-
-
-def _sound(text: str) -> str:
-    """A string without half surrogates, which no file may hold."""
-    return text.encode("utf-8", "replace").decode()

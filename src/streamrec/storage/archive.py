@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from streamrec.errors import ConfigError, StoreError
 from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
 from streamrec.protocols import State
-from streamrec.storage._archive_columns import DATASETS, PLAIN, arrow, of_dataset
+from streamrec.storage._archive_arrow import arrow
+from streamrec.storage._archive_columns import DATASETS, PLAIN, of_dataset
 from streamrec.storage._archive_files import File, Manifest, Unwritten, covers, folder_of, of_others
 from streamrec.storage._archive_rows import ArchivedRows
 from streamrec.storage._folders import folder
