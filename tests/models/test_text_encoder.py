@@ -158,6 +158,23 @@ def test_ctranslate2_follows_weights_that_learn(folder: Path) -> None:
     np.testing.assert_array_equal(TextEncoder.from_pretrained(folder.parent / "learned").embed(["wine"]), after)
 
 
+def test_bfloat16_and_compiled_are_near(folder: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = encoder.embed(TITLES)
+    half = TextEncoder(folder, precision="bfloat16").embed(TITLES)
+    both = (half * expected).sum(1) / (np.linalg.norm(half, axis=1) * np.linalg.norm(expected, axis=1))
+    assert half.tobytes() != expected.tobytes() and both.min() > 0.99
+    asked, whole = [], torch.compile
+
+    def traced(module: Any, **options: Any) -> Any:  # by its own compiler, but for the minute that C++ takes
+        asked.append(options)
+        return whole(module, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compiled = TextEncoder(folder, compile=True)
+    np.testing.assert_allclose(compiled.embed(TITLES), expected, atol=1e-5)
+    assert asked == [{"dynamic": True}] and compiled.version != encoder.version
+
+
 def test_texts_that_say_nothing_have_the_zero_vector(encoder: TextEncoder) -> None:
     vectors = encoder.embed([*NOTHING, "wine", *NOTHING])
     assert not vectors[: len(NOTHING)].any() and not vectors[-len(NOTHING) :].any()

@@ -171,6 +171,21 @@ def test_beside_the_stream_it_learns_the_same_bits_whatever_dies(encoder: sr.Tex
     assert process is not None and process.poll() is not None
 
 
+def test_a_process_that_always_dies_is_said_and_the_stream_goes_on(
+    encoder: sr.TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamrec.models.text_learner import Example
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    texts = learner(encoder, background=True)
+    texts.learn([Example("red wine", np.zeros(HIDDEN, np.float32), np.zeros(HIDDEN, np.float32))] * 3)
+    wait(lambda: texts._worker.error is not None)
+    with pytest.warns(RuntimeWarning, match=r"died 3 times in a row .*exit status 1.*background=False"):
+        made(texts).learn(BATCH, LABELS)
+    assert texts.counts["restarts"] == 3 and texts.version == encoder.version
+    texts.close()
+
+
 def test_with_a_process_the_stream_goes_on_and_goes_over(encoder: sr.TextEncoder) -> None:
     texts = learner(encoder, background=True, every=2, steps=4, queue=4)
     model, given = made(texts), 0

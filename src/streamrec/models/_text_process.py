@@ -95,22 +95,20 @@ class Beside:
 
     def _ask(self, question: Mapping[str, Any]) -> Any:
         for left in reversed(range(TRIES)):
-            process: subprocess.Popen[bytes] | None = None
             try:
-                process = self._running()
-                answer = _exchange(process, question)
+                answer = _exchange(self._running(), question)
                 break
             except (OSError, EOFError) as error:
                 with self._turn:
                     if self._stopped:
                         raise Stopped from error
-                    self._process = None
+                    process, self._process = self._process, None
                 self.restarts += 1
-                status = "" if process is None else f"; its exit status was {_end(process)}"
+                status = "none could be started" if process is None else f"exit status {_end(process)}"
                 if not left:
                     raise StreamrecError(
-                        f"the process that learns died {TRIES} times in a row of the same question{status}: is there "
-                        "memory for a second copy of the encoder? TextLearner(background=False) needs none"
+                        f"the process that learns died {TRIES} times in a row of the same question ({status}): is "
+                        "there memory for a second copy of the encoder? TextLearner(background=False) needs none"
                     ) from error
         if "error" in answer:
             raise StreamrecError(f"in the process that learns: {answer['error']}")
