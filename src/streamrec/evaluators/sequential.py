@@ -115,12 +115,14 @@ class LossDifference:
             raise ConfigError(f"all columns must be (n,) and as many, got {[column.shape for column in columns]}")
         _compare(columns[0], columns[1], columns[2], self.bound, self._sums)
 
-    def interval(self) -> tuple[float, float]:
-        """Between what the mean is, in nats, with the `confidence` at all times together. (-bound, bound) at first."""
+    def interval(self, confidence: float | None = None) -> tuple[float, float]:
+        """Between what the mean is, in nats, with the `confidence` (None: its own) at all times together.
+        (-bound, bound) at first."""
         count, total, squares, _ = self._sums.tolist()
         if not count:
             return -self.bound, self.bound
-        reach = radius(squares, self.bound, (1 - self.confidence) / 2) / count
+        alpha = 1 - (self.confidence if confidence is None else confidence)
+        reach = radius(squares, self.bound, alpha / 2) / count
         return max(total / count - reach, -self.bound), min(total / count + reach, self.bound)
 
     def fresh(self) -> Self:

@@ -16,7 +16,11 @@ Column = NDArray[np.float32]
 
 
 class Comparison:
-    """Of two models, as shares of the second one's log loss. `number`: which one it is, so that notes find theirs."""
+    """Of two models, as shares of the second one's log loss. `number`: which one it is, so that notes find theirs.
+
+    `confidence`: that of `low`, at all times together. `high` is wrong half as often, for who is promoted by it is
+    served.
+    """
 
     def __init__(self, confidence: float) -> None:
         self._difference = LossDifference(confidence=confidence)
@@ -34,7 +38,7 @@ class Comparison:
     @property
     def low(self) -> float:
         """The share of log loss that the first loses more, at least."""
-        return self._share(self._difference.interval()[0])
+        return self._share(self._difference.interval(2 * self._difference.confidence - 1)[0])
 
     @property
     def high(self) -> float:

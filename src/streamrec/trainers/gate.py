@@ -49,7 +49,8 @@ class Gate:
 
     `worse`: a share of the log loss, and so of the normalized entropy. `confidence`: of one trial, and of `watch`
     labels of a watch: of equally good challengers so many at least are not turned down as worse, of champions that
-    are not worse so many are not taken back, and of learners that are not so many go on.
+    are not worse so many are not taken back, and of learners that are not so many go on. Of challengers that are worse
+    by `worse` or more, half of the others at most are promoted.
 
     Memory: two more models, three while a champion is watched; their versions and, with `recover`, their checkpoints
     stay in the store. Raises `ConfigError` for arguments that cannot work.
@@ -73,6 +74,8 @@ class Gate:
     ) -> None:
         if not 0 < worse < 1:
             raise ConfigError(f"worse must be a share of the log loss in (0, 1), got {worse!r}")
+        if not 0.5 < confidence < 1:
+            raise ConfigError(f"confidence must be a probability in (0.5, 1), got {confidence!r}")
         for name, value in (("patience", patience), ("watch", watch), ("every", every)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a number of labels >= 1, got {value!r}")
