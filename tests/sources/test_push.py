@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamrec as sr
-from streamrec.events import DeadLetter, Feedback, Item
+from streamrec.events import DeadLetter, Feedback, Item, encode_lines
 from streamrec.sources import Push
 from streamrec.testing import check_source
 
@@ -279,6 +279,39 @@ def test_what_was_released_is_removed_and_told(tmp_path: Path) -> None:
     gap, *items = rest(again)
     assert isinstance(gap, DeadLetter) and gap.reason.startswith("gap: events 0 to 3 are no longer in")
     assert items == clicks(4, 10)
+
+
+def test_a_log_of_which_all_is_read_can_be_emptied(tmp_path: Path) -> None:
+    source = Push(log=tmp_path, idle=0.0)
+    source.put(clicks(0, 5))
+    source.read(5)
+    before = source.position()
+    source.release(before)
+    assert [path.stat().st_size for path in tmp_path.glob("*.jsonl")] == [0]
+    emptied = source.position()
+    source.close()
+    source = Push(log=tmp_path, idle=0.0)
+    source.seek(before)  # a checkpoint that was written before
+    source.put(click(5))
+    assert source.read(9) == [click(5)]
+    source.close()
+    source = Push(log=tmp_path, idle=0.0)
+    source.seek(emptied)
+    assert source.read(9) == [click(5)] and source.position()["index"] == 6
+    source.close()
+
+
+def test_what_comes_after_a_release_is_in_another_file(tmp_path: Path) -> None:
+    """So that a stream that never rests does not keep for long what a user wants forgotten."""
+    source = Push(log=tmp_path, idle=0.0)
+    source.put(clicks(0, 5))
+    source.read(3)
+    source.release(source.position())
+    source.put(clicks(5, 8))
+    assert source.read(9) == clicks(3, 8)
+    source.release({**source.position(), "offset": 0})  # the checkpoint was before the last of them
+    assert b"".join(path.read_bytes() for path in tmp_path.glob("*.jsonl")) == encode_lines(clicks(5, 8))
+    source.close()
 
 
 def test_a_log_that_lost_its_end_goes_on_with_new_numbers(tmp_path: Path) -> None:

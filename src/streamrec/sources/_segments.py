@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from streamrec.errors import SourceError
@@ -225,10 +226,19 @@ class Segments:
             raise SourceError(f"no position {dict(position)!r} in the log {self._path!r}: it is of another log")
 
     def release(self, position: Mapping[str, Any]) -> None:
-        """Remove the segments that end before a position."""
+        """Remove the segments that end before a position, and write on in another than the last: it would be kept, with
+        all that is in it, for as long as it takes to fill it."""
         reached = position.get("segment")
-        if type(reached) is not int:
+        if type(reached) is not int or not self._firsts:
             return
+        last = self._firsts[-1]
+        self._rolls |= self._lengths[last] > 0
+        if position == self.position() and self.index == self.accepted and self._lengths[last] > 0:
+            with suppress(SourceError):  # another process writes here now: then it is its log to empty
+                self._writer()  # all is read: an empty segment, which says where the numbers are
+                self._open()
+                self._further()
+                reached = self._at[0]
         for first in [one for one in self._firsts if one < min(reached, self._at[0])]:
             os.remove(self._name(first))
             self._firsts.remove(first)

@@ -286,7 +286,10 @@ class Push(Closing):
             self._index = index
 
     def release(self, position: Position) -> None:
-        """Remove the files of the log that end before a position: nobody will seek to where they are any more."""
+        """Remove the files of the log that end before a position: nobody will seek to where they are any more.
+
+        What is handed in from now on goes to another file, so that all that was read goes with a later release.
+        """
         with self._room:
             if self._log is not None:
                 self._log.release(position)
