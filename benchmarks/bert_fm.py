@@ -131,7 +131,7 @@ def speed(rows: int = 40_000, users: int = 5_000, items: int = 3_000, repetition
         print(f"  {name}: {', '.join(times)}")
 
 
-def lora(requests: int = 600, rounds: int = 3, items: int = 200) -> None:
+def lora(requests: int = 1500, rounds: int = 3, items: int = 200) -> None:
     """Print how long it takes to score 64 candidates, 8 rows learned between two requests, with and without LoRA; and
     beside a process that has nothing to do with it and computes by the encoder too: what the machine's caches and
     memory take, whoever it is that learns."""
@@ -170,7 +170,7 @@ def lora(requests: int = 600, rounds: int = 3, items: int = 200) -> None:
     counts: Any = {}
     with one_thread():
         for _ in range(rounds):
-            learner = sr.TextLearner(sr.TextCache(encoder), every=8, steps=8)
+            learner = sr.TextLearner(sr.TextCache(encoder), every=8, steps=4)
             runs = {"frozen": served(sr.TextCache(encoder)), "LoRA beside it": served(learner)}
             counts = learner.counts
             learner.close()
