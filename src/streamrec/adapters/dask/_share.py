@@ -15,8 +15,9 @@ __all__ = ["Cuts", "Share"]
 COPIES_A_ROUND = 4
 """So many copies, or fewer, may be merged once an epoch; twice as many want to be twice."""
 FIRST_STEP = 500
-"""Rows that each copy of a new model learns before the first merge; then, of two, as many again as it has learned by
-then, and so on, and fewer of more: what a model learns first moves it most, and the more the more copies there are."""
+"""Rows that each copy of a new model learns before the first merge; then, of two, twice as many as it has learned by
+then, and so on; half as many of four, a quarter of eight: what a model learns first moves it most, and the more the
+more copies there are."""
 
 
 class Cuts(NamedTuple):
@@ -67,7 +68,8 @@ class Cuts(NamedTuple):
             return [0, length]
         cuts, learned = [0], self.begin(number) // self.copies
         while cuts[-1] < length:
-            step = min(self.apart, max(FIRST_STEP, (learned + cuts[-1]) * 2 // self.copies))
+            more = 2 * (learned + cuts[-1]) // (self.copies if self.copies > 2 else 1)
+            step = min(self.apart, max(FIRST_STEP, more))
             # what is left over goes to the last
             cuts.append(cuts[-1] + step if length - cuts[-1] - step >= step // 2 else length)
         return cuts
