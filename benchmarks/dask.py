@@ -7,8 +7,10 @@ that both results are judged by (one of 39 fields, as Criteo's has, holds as man
 one or more of them. Needs two free cores: beside the ratio of the seconds by the clock stands that of the CPU seconds
 of the one process to those of the busier worker, which is what the clock would show on cores that nobody else uses, if
 nobody waited for anybody; and what it could show at most on two cores, which the client and the scheduler use, too:
-the CPU seconds of the one process by half of those of all three. Every worker compiles what it runs before it is
-measured, as the one process does.
+the CPU seconds of the one process by half of those of all three. Last, what the cores themselves give: how much more
+two processes do in the same time that each do the whole work of the one and have nothing to do with each other; two
+cores that are threads of one, or whose cache is too small for both, give less than 2. Every worker compiles what it
+runs before it is measured, as the one process does.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from benchmarks.streams import zipf
 from streamrec.adapters.dask._share import Cuts, Share
 from streamrec.batch import LabeledRows
 from streamrec.events import encode_event
-from streamrec.protocols import RowSource
 from streamrec.storage.encoded import Part, commit_rows, write_part
 
 __all__ = ["main"]
@@ -86,8 +87,9 @@ def write_archive(folder: Path, shown: int, seed: int = 0) -> int:
     return len(lines)
 
 
-def prepared_alone(archive: str, out: str) -> sr.EncodedRows:
-    """What `prepare` does, in one process and one pass."""
+def prepared_alone(archive: str, folder: str) -> sr.EncodedRows:
+    """What `prepare` does, in one process and one pass. Each process has its own place in the folder."""
+    out = f"{folder}/alone-{os.getpid()}"
     rows = sr.JoinedEvents(sr.JsonLines(archive), schema=SCHEMA, **parts())
     held, files, many = [], list[Part](), 0
     while (part := rows.read(4096)) is not None:
@@ -101,7 +103,7 @@ def prepared_alone(archive: str, out: str) -> sr.EncodedRows:
     return sr.EncodedRows(out)
 
 
-def scored_alone(model: sr.FM, users: list[str], out: str, catalogue: list[str]) -> None:
+def scored_alone(model: sr.FM, users: list[str], folder: str, catalogue: list[str]) -> None:
     """What `score` does, in one process: the same code over the same groups of users."""
     from streamrec.adapters.dask._models import Reference
     from streamrec.adapters.dask._score import User, _best, _Items
@@ -109,7 +111,7 @@ def scored_alone(model: sr.FM, users: list[str], out: str, catalogue: list[str])
     where = Reference(secrets.token_hex(4), "", 0)  # another each time, so that the catalogue is made again, as there
     for number, at in enumerate(range(0, len(users), 1000)):
         some = [User(one) for one in users[at : at + 1000]]
-        _best(where, model, _Items(catalogue), some, 100, out, number)
+        _best(where, model, _Items(catalogue), some, 100, f"{folder}/alone-{os.getpid()}", number)
 
 
 def write_rows(out: str, rows: int, fields: int) -> tuple[sr.EncodedRows, LabeledRows]:
@@ -124,10 +126,11 @@ def write_rows(out: str, rows: int, fields: int) -> tuple[sr.EncodedRows, Labele
     return sr.EncodedRows(out), whole.take(slice(rows, len(labels)))
 
 
-def kept(rows: sr.EncodedRows) -> RowSource:
-    """These rows, which one process reads and decodes once and keeps for the epochs to come, as the workers do."""
-    cuts = Cuts(len(rows), 1, sr.BatchTrainer(model=sr.FM(rows.schema)).window, len(rows))
-    return Share(copy.copy(rows), cuts, 0, keep=1 << 30)
+def fitted_alone(rows: sr.EncodedRows, epochs: int) -> sr.FM:
+    """What `fit` does, in one process, which keeps decoded rows for the epochs to come, as the workers do."""
+    trainer = sr.BatchTrainer(model=sr.FM(rows.schema, dim=16), epochs=epochs)
+    trainer.run(Share(copy.copy(rows), Cuts(len(rows), 1, trainer.window, len(rows)), 0, keep=1 << 30))
+    return trainer.model
 
 
 class Cost(NamedTuple):
@@ -145,6 +148,17 @@ def cost(client: Any, work: Callable[[], object]) -> Cost:
     work()
     end, used = clock(), time.process_time() - here
     return Cost(end - start, used, [now - before[worker] for worker, now in client.run(time.process_time).items()])
+
+
+def apart(client: Any, work: Callable[[], object]) -> float:
+    """Seconds in which every worker has done all of this work, for itself."""
+
+    def whole() -> None:
+        work()
+
+    start = clock()
+    client.gather([client.submit(whole, workers=[one], pure=False) for one in client.scheduler_info()["workers"]])
+    return clock() - start
 
 
 def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions: int = 3) -> None:
@@ -168,9 +182,9 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
         ):
             started = clock() - begun
             users, items = [f"u{n}" for n in range(20_000)], [f"p{n}" for n in range(50_000)]
-            works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
                 "prepare": (
-                    lambda: prepared_alone(archive, f"{name}/alone"),
+                    partial(prepared_alone, archive, name),
                     lambda: dask.prepare(
                         client, archive, f"{name}/two", schema=SCHEMA, piece=2 << 20, parts=2, **parts()
                     ),
@@ -181,39 +195,39 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
                 model = sr.FM(SCHEMA, dim=16)
                 sr.BatchTrainer(model=model).run(prepared_alone(small, f"{name}/small"))
                 works["score"] = (
-                    lambda: scored_alone(model, users, f"{name}/alone", items),
+                    partial(scored_alone, model, users, name, items),
                     lambda: dask.score(client, model, users, f"{name}/two", catalogue=items),
                 )
-            sets: dict[int, tuple[sr.EncodedRows, LabeledRows]] = {}
-            trained: dict[str, tuple[Any, LabeledRows]] = {}
+            tests: dict[str, LabeledRows] = {}
+            trained: dict[str, sr.FM] = {}
             if "fit" in chosen or not chosen:
                 sets = {n: write_rows(f"{name}/fit-{n}", rows * 10 // n, n) for n in (10, 39)}
 
-                def fit(who: str, fields: int, epochs: int, run: Callable[..., object]) -> None:
-                    data, test = sets[fields]
+                def fit(data: sr.EncodedRows, epochs: int) -> sr.FM:
                     trainer = sr.BatchTrainer(model=sr.FM(data.schema, dim=16), epochs=epochs)
-                    run(trainer, data)
-                    trained[who] = trainer.model, test
-
-                def in_one(trainer: sr.BatchTrainer, data: sr.EncodedRows) -> object:
-                    return trainer.run(kept(data))
+                    dask.fit(client, trainer, data)
+                    return trainer.model
 
                 for what, fields, epochs in (
                     ("fit", 10, EPOCHS),
                     ("fit, one epoch", 10, 1),
                     ("fit, 39 fields", 39, EPOCHS),
                 ):
-                    works[what] = (
-                        partial(fit, f"{what}, one process", fields, epochs, in_one),
-                        partial(fit, f"{what}, two workers", fields, epochs, partial(dask.fit, client)),
-                    )
+                    data, tests[what] = sets[fields]
+                    works[what] = partial(fitted_alone, data, epochs), partial(fit, data, epochs)
             sizes = f"{rows:,} rows of 10 fields, {rows * 10 // 39:,} of 39"
             print(f"{count:,} events; {len(users):,} users, {len(items):,} items; {sizes}, {EPOCHS} epochs\n")
             for what, (alone, two) in works.items():
                 if chosen and what.split(",")[0] not in chosen:
                     continue
-                alone(), two()  # compiles
-                costs = [(cost(client, alone), cost(client, two)) for _ in range(repetitions)]
+                results = alone(), two()  # compiles
+                if what in tests:
+                    trained |= zip((f"{what}, one process", f"{what}, two workers"), results, strict=True)
+                apart(client, alone)
+                costs, at_once = [], []
+                for _ in range(repetitions):
+                    costs.append((cost(client, alone), cost(client, two)))
+                    at_once.append(2 * costs[-1][0].clock / apart(client, alone))
                 one, both = (statistics.median(pair[n].clock for pair in costs) for n in (0, 1))
                 cpu = statistics.median(pair[0].here for pair in costs)
                 busier = statistics.median(max(pair[1].workers) for pair in costs)
@@ -221,13 +235,15 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
                 print(
                     f"  {what:<15} one process {one:6.2f} s, two workers {both:6.2f} s, ratio {one / both:.2f}; "
                     f"CPU {cpu:6.2f} s and {busier:6.2f} s, ratio {cpu / busier:.2f}; "
-                    f"at most {cpu / least:.2f} by the clock of two cores",
+                    f"at most {cpu / least:.2f} by the clock of two cores, "
+                    f"which do {statistics.median(at_once):.2f} times what one does",
                     flush=True,
                 )
-            for who, (fitted, test) in trained.items():
+            for who, fitted in trained.items():
+                test = tests[who.rpartition(",")[0]]
                 print(f"  AUC, {who:<27} {auc(test.labels, fitted.predict(test.batch)):.4f}")
             if not chosen or "prepare" in chosen:
-                same = sr.EncodedRows(f"{name}/alone"), sr.EncodedRows(f"{name}/two")
+                same = sr.EncodedRows(f"{name}/alone-{os.getpid()}"), sr.EncodedRows(f"{name}/two")
                 print(f"  rows prepared {len(same[0]):,} and {len(same[1]):,}\n")
 
 
