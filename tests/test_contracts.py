@@ -130,6 +130,7 @@ DATA = {
 }
 ERRORS = {
     *("ConfigError", "DamagedError", "FullError", "SchemaError", "SourceError", "StoreError", "StreamrecError"),
+    "UnreachableError",
 }
 # What remembers in ways of its own, and the test that holds it to them.
 ELSEWHERE = {

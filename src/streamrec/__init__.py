@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamrec.errors import SourceError as SourceError
     from streamrec.errors import StoreError as StoreError
     from streamrec.errors import StreamrecError as StreamrecError
+    from streamrec.errors import UnreachableError as UnreachableError
     from streamrec.evaluators import ADWIN as ADWIN
     from streamrec.evaluators import AUC as AUC
     from streamrec.evaluators import CTR as CTR
@@ -94,6 +95,7 @@ _HOME = {
         "SourceError",
         "StoreError",
         "StreamrecError",
+        "UnreachableError",
     ),
     "evaluators": (
         "ADWIN",

@@ -6,7 +6,8 @@
     ├── FullError                      a queue has no room: try again later; over HTTP, a 503 or a 429
     ├── SourceError (OSError)          events cannot be read at all: no such file, a position not in the source
     └── StoreError (OSError)           a version cannot be written, or none can be read
-        └── DamagedError               what was read is not what was written
+        ├── DamagedError               what was read is not what was written
+        └── UnreachableError           its files cannot be read or written now: it may pass
 
 Bad *events* raise none of these: they are counted and kept as `DeadLetter`s, and the stream goes on.
 """
@@ -21,6 +22,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "StreamrecError",
+    "UnreachableError",
 ]
 
 
@@ -50,3 +52,7 @@ class StoreError(StreamrecError, OSError):
 
 class DamagedError(StoreError):
     """What was read is not what was written: a checksum does not match."""
+
+
+class UnreachableError(StoreError):
+    """Files cannot be read or written now: no answer, no room, no permission. It may pass; what is there stays good."""

@@ -177,6 +177,24 @@ def test_examples_come_in_the_order_of_their_partition(tansu: str, tmp_path: Pat
     assert came == [one.id for one in shown[:total]]
 
 
+def test_a_worker_learns_on_while_its_store_is_away(worker: Worker, tansu: str, tmp_path: Path) -> None:
+    topic, disk, away = new_topic(tansu), tmp_path / "disk", tmp_path / "away"
+    send(tansu, topic, labeled(1_000, 1))
+    one = worker(TOPIC=topic, STORE=disk / "store", EVERY=200)
+    wait_until(lambda: newest(disk / "store") >= 1, PATIENCE)
+    disk.rename(away)
+    disk.write_bytes(b"")  # nothing in it can be read or written
+    send(tansu, topic, labeled(1_000, 1, start=1_000))
+    log = tmp_path / "worker0.log"
+    wait_until(lambda: "a checkpoint could not be written; what comes is learned" in log.read_text(), PATIENCE)
+    disk.unlink()
+    away.rename(disk)
+    wait_until(lambda: read_all(disk / "store", topic, 2_000), PATIENCE)
+    assert one.poll() is None and "checkpoints are written again" in log.read_text()
+    counts = saved(disk / "store")["counts"]
+    assert counts["events"] == counts["learned"] == 2_000
+
+
 def test_sigterm_checkpoints_commits_and_leaves_within_five_seconds(
     worker: Worker,
     tansu: str,

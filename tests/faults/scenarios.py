@@ -320,6 +320,38 @@ def slow_store(folder: Path, events: Sequence[Any], whole: Any, seconds: float =
     return row_of("a slow store", trainer, lines, f"{Slow.asked} writes of {seconds:g} s", whole)
 
 
+class Unplugged(sr.JsonLines):
+    """A log that takes five minutes of its own clock, in the second of which the disk of the store is away.
+
+    In its place is a file: nothing in it can be read or written, whoever asks.
+    """
+
+    def __init__(self, path: Path, lines: int, disk: Path) -> None:
+        super().__init__(path)
+        self.now, self._step, self._disk, self._away = 0.0, 300.0 / lines, disk, disk.with_suffix(".away")
+
+    def read(self, limit: int) -> list[Any]:
+        before, self.now = self.now, self.now + self._step * limit
+        if before < 60.0 <= self.now:
+            self._disk.rename(self._away)
+            self._disk.write_bytes(b"")
+        if before < 120.0 <= self.now:
+            self._disk.unlink()
+            self._away.rename(self._disk)
+        return super().read(limit)
+
+
+def store_away(folder: Path, events: Sequence[Any], whole: Any) -> Row:
+    """The store and the archive cannot be reached for a minute: what comes is learned, and saved when they can."""
+    log, disk = folder / "log.jsonl", folder / "disk"
+    lines = log.read_bytes().count(b"\n")
+    source = Unplugged(log, lines, disk)
+    trainer = trainer_of(str(disk), lines, clock=lambda: source.now, background=False)
+    trainer.run(source)
+    failed = trainer.report().counts["failed_checkpoints"]
+    return row_of("a store away for 60 s", trainer, lines, f"{failed} checkpoints failed, no run ended", whole)
+
+
 def overload(folder: Path, events: Sequence[Any], seconds: float = 1.0, rate: float = 2_000.0) -> Row:
     """A service hands in events at some rate, then ten times as many for `seconds`; what finds no room is refused.
 
@@ -368,6 +400,7 @@ FAULTS: dict[str, Callable[[Path, Sequence[Any], Any], Row]] = {
     "shuffled": shuffled,
     "stalling": stalling,
     "slow_store": slow_store,
+    "store_away": store_away,
 }
 
 

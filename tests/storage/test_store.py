@@ -307,17 +307,17 @@ def test_an_interrupt_leaves_no_temporary_file(shelf: Shelf, monkeypatch: pytest
 def test_two_writers_never_mix(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     rival = Store(Path(shelf.uri).parent).checkpoints
     shelf.write({"by": "nobody"})
-    exists = os.path.lexists
+    look = os.lstat
 
-    def overtaken(path: str) -> bool:
-        monkeypatch.setattr(os.path, "lexists", exists)
+    def overtaken(path: str) -> os.stat_result:
+        monkeypatch.setattr(os, "lstat", look)
         rival.write({"by": "rival"})
-        return exists(path)
+        return look(path)
 
     names = shelf._folder.names
 
     def listed() -> list[str]:  # after the number has been chosen, the rival takes it
-        monkeypatch.setattr(os.path, "lexists", overtaken)
+        monkeypatch.setattr(os, "lstat", overtaken)
         return names()
 
     monkeypatch.setattr(shelf._folder, "names", listed)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,18 @@ def killed(folder: str, moment: str) -> None:
     source.left = int(moment) if moment.isdigit() else len(stream)
     go_back, write = one._go_back, one._checkpoints._saver.write
 
-    def when_it_goes_back(version: int) -> None:
+    def when_it_goes_back(version: int) -> Callable[[], None]:
         if moment == "verdict":
             die()
-        go_back(version)
+        take_back = go_back(version)
         if moment == "reload":
             die()
-        one._checkpoints._saver.write = when_it_writes  # type: ignore[method-assign]
+
+        def when_it_has() -> None:
+            take_back()
+            one._checkpoints._saver.write = when_it_writes  # type: ignore[method-assign]
+
+        return when_it_has
 
     def when_it_writes(shelf: Any, cut: Any) -> Any:
         version = write(shelf, cut)

@@ -69,7 +69,11 @@ class LocalFolder:
             return []
 
     def exists(self, name: str) -> bool:
-        return os.path.lexists(os.path.join(self.path, name))
+        try:
+            os.lstat(os.path.join(self.path, name))
+        except FileNotFoundError:
+            return False
+        return True  # another failure is none of the two
 
     def read(self, name: str) -> NDArray[np.uint8]:
         with open(os.path.join(self.path, name), "rb") as file:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 
-from streamrec.errors import ConfigError, StoreError
+from streamrec.errors import ConfigError, StoreError, UnreachableError
 from streamrec.events import DeadLetter, Event, Impression, Labeled, decode_event
 from streamrec.protocols import State
 from streamrec.storage._archive_arrow import arrow
-from streamrec.storage._archive_columns import DATASETS, PLAIN, of_dataset
+from streamrec.storage._archive_columns import DATASETS, PLAIN, Rows, of_dataset
 from streamrec.storage._archive_files import File, Manifest, Unwritten, covers, folder_of, of_others
 from streamrec.storage._archive_rows import ArchivedRows
 from streamrec.storage._folders import folder
@@ -37,15 +38,16 @@ _REPEATING = {"type", "user", "item", "kind"}
 _ORDERED = {"time", "number"}
 _AT_ONCE = 4  # files that are written
 _MOST_BYTES = 1 << 29  # of text held between checkpoints
+_KEPT = 3  # times as much is held while it cannot be written
 
 
 class Archive:
     """What an `OnlineTrainer` writes down beside learning: give it one as `archive`. Needs pyarrow.
 
     `uri`: a path or any fsspec URI. `compact`: files of an hour that become one. `most`: rows held in memory between
-    checkpoints; more are written before it. `raw`: whether dead letters keep their bytes, and their reasons more than
-    the category, which quote what came. There are three datasets of Parquet files, in folders by date and hour of
-    event time, UTC (`events/date=2023-11-14/hour=22/`):
+    checkpoints; more are written before it, or, where they cannot be, held up to three times `most`. `raw`: whether
+    dead letters keep their bytes, and their reasons more than the category, which quote what came. There are three
+    datasets of Parquet files, in folders by date and hour of event time, UTC (`events/date=2023-11-14/hour=22/`):
 
     - `events`: each impression and feedback that reached the model or the join, after the preprocessors. Columns
       `type`, `id`, `time`, `user`, `item`, `features` (JSON), `score`; `impression_id`, `kind`, `value`; and `number`,
@@ -76,6 +78,9 @@ class Archive:
         self._names = np.empty(512, dtype=object)  # ids of open impressions, by slot
         self._cuts: dict[int, list[File]] = {}  # cut, and not known to be in the manifest
         self._unwritten: list[Unwritten] = []
+        self._failed: UnreachableError | None = None  # why they are not written
+        self._committed = 0  # the part that the manifest was last seen at
+        self._left: set[str] = set()  # files that the manifest does not name, or no more
         self._begun = False
         self._hold_none(dict.fromkeys(DATASETS, 0))
 
@@ -150,21 +155,35 @@ class Archive:
         self._names[slots] = None
 
     def _spill(self) -> None:
-        """Write what was taken, where it is too much to be held."""
-        rows = self._rows.values()
-        if sum(map(len, rows)) >= self.most or sum(one.size for one in rows) >= _MOST_BYTES:
-            if not self._begun:
-                self.begin()
+        """Write what was taken, where it is too much to be held. Where it cannot be, it is held for the next `write`.
+
+        Raises `StoreError` where that is three times too much.
+        """
+        if self._too_much(self._rows.values()):
             failed: StoreError | None = None
             for unwritten in self._take(self._part + 1):
                 self._spilled += unwritten.names
                 try:
+                    self._require()
                     self._write(unwritten)
                 except StoreError as error:  # its file is one of the part: it is written with the others
                     self._unwritten.append(unwritten)
                     failed = error
-            if failed is not None:
+            if isinstance(failed, UnreachableError):
+                self._failed = failed
+            elif failed is not None:
                 raise failed
+        if self._failed is not None:
+            held = [*self._rows.values(), *(one.rows for one in [*self._unwritten])]  # a copy: they are being written
+            if self._too_much(held, _KEPT):
+                raise StoreError(
+                    f"{sum(map(len, held)):,} rows wait to be written to {self.uri}, and no more are held: "
+                    f"{self._failed}; bring it back and start again, or raise most={self.most:,}"
+                ) from self._failed
+
+    def _too_much(self, held: Iterable[Rows], times: int = 1) -> bool:
+        held = [*held]
+        return sum(map(len, held)) >= times * self.most or sum(rows.size for rows in held) >= times * _MOST_BYTES
 
     def _take(self, part: int) -> list[Unwritten]:
         """What is held, as files of a part."""
@@ -184,22 +203,29 @@ class Archive:
     def write(self) -> None:
         """Write the files of all parts that were cut, before the checkpoint that holds them. Raises `StoreError`: they
         are written the next time."""
-        if not self._begun:
-            self.begin()
-        while self._unwritten:
-            self._write(self._unwritten[0])
-            del self._unwritten[0]
+        try:
+            if self._unwritten or not self._begun:
+                self._require()
+            while self._unwritten:
+                self._write(self._unwritten[0])
+                del self._unwritten[0]
+        except UnreachableError as error:
+            self._failed = error
+            raise
+        self._failed = None
 
     def commit(self, part: int, needed: int) -> None:
         """A checkpoint has made all parts up to this one last: name their files, and put files of parts up to `needed`,
         before which no checkpoint goes back, together. Raises `StoreError`."""
-        manifest = self._manifest()
+        manifest = self._known()
         known = {file.name for file in manifest.files}
-        for number in sorted(self._cuts):
-            if number <= part:
-                manifest.files += [file for file in self._cuts.pop(number) if file.name not in known]
+        numbers = [number for number in sorted(self._cuts) if number <= part]
+        manifest.files += [file for number in numbers for file in self._cuts[number] if file.name not in known]
         manifest.part = part
         self._save(manifest)
+        self._committed = part
+        for number in numbers:  # not before: what was not named is named the next time
+            del self._cuts[number]
         self._put_together(manifest, min(needed, part))
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -230,9 +256,9 @@ class Archive:
         place = folder(self.uri, where)
         try:
             place.make()
-            place.write(last, [content], "archive")
+            place.write(last, [content], secrets.token_hex(4))  # what an interrupted write has left is in no one's way
         except OSError as error:
-            raise StoreError(f"cannot write {name} to {self.uri}: {error}") from error
+            raise UnreachableError(f"cannot write {name} to {self.uri}: {error}") from error
 
     def _manifest(self) -> Manifest:
         place = folder(self.uri, _FOLDER)
@@ -240,11 +266,22 @@ class Archive:
             if not place.exists(_MANIFEST):
                 return Manifest(FORMAT, 0, [])
             found = msgspec.json.decode(place.read(_MANIFEST).tobytes(), type=Manifest)
-        except (OSError, msgspec.DecodeError) as error:
-            raise StoreError(f"cannot read {_MANIFEST} of {self.uri}: {error}") from error
+        except OSError as error:
+            raise UnreachableError(f"cannot read {_MANIFEST} of {self.uri}: {error}") from error
+        except msgspec.DecodeError as error:
+            raise StoreError(f"{_MANIFEST} of {self.uri} is damaged: {error}") from error
         if found.format != FORMAT:
             raise StoreError(f"{self.uri} has format {found.format!r}, this streamrec reads format {FORMAT}")
         return found
+
+    def _known(self) -> Manifest:
+        """The manifest, which must not be older than what was written."""
+        manifest = self._manifest()
+        if manifest.part < self._committed:  # a folder that is empty all at once is another one
+            raise UnreachableError(
+                f"{self.uri} lacks the {_MANIFEST} that was written there: is what it is on still mounted?"
+            )
+        return manifest
 
     def _save(self, manifest: Manifest) -> None:
         self._put_bytes(f"{_FOLDER}/{_MANIFEST}", msgspec.json.encode(manifest))
@@ -264,13 +301,17 @@ class Archive:
             table = pa.concat_tables([self._table(one.name) for one in small])
             first, last = small[0].first, small[-1].last
             name = f"{folder_of(dataset, hour)}parts-{first:010d}-{last:010d}.parquet"
+            self._left.add(name)
             self._put(name, table)
             gone |= {one.name for one in small}
             manifest.files.append(File(name, dataset, hour, first, last, table.num_rows))
         if gone:
             manifest.files = [one for one in manifest.files if one.name not in gone]
             self._save(manifest)
-            self._remove(gone)
+            self._left |= gone
+        if self._left:  # now, or when it failed half-way
+            self._remove(self._left.difference(file.name for file in manifest.files))
+            self._left.clear()
 
     def _table(self, name: str) -> Any:
         from pyarrow import parquet
@@ -279,7 +320,7 @@ class Archive:
             with self._fs.open(f"{self._root}/{name}", "rb") as file:
                 return parquet.read_table(file)
         except OSError as error:
-            raise StoreError(f"cannot read {name} of {self.uri}: {error}") from error
+            raise UnreachableError(f"cannot read {name} of {self.uri}: {error}") from error
 
     def _remove(self, names: Collection[str]) -> None:
         for name in names:
@@ -288,7 +329,7 @@ class Archive:
             except FileNotFoundError:
                 pass
             except OSError as error:
-                raise StoreError(f"cannot remove {name} from {self.uri}: {error}") from error
+                raise UnreachableError(f"cannot remove {name} from {self.uri}: {error}") from error
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -386,6 +427,7 @@ class Archive:
         manifest.files = [*(one for one in manifest.files if one.last <= part), *missing]
         manifest.part = part
         self._save(manifest)
+        self._committed = part
         named = {one.name for one in manifest.files}
         there = [str(path)[len(self._root) + 1 :] for path in self._fs.find(self._root)]
         self._remove([name for name in there if name.endswith((".parquet", ".tmp")) and name not in named])
@@ -394,8 +436,15 @@ class Archive:
         slots = np.asarray(state["slots"])
         self._names = np.empty(max(512, 2 * int(slots.max(initial=0))), dtype=object)
         self._names[slots] = state["names"]
-        self._spilled, self._cuts, self._unwritten = [], {}, []
+        self._spilled, self._cuts, self._unwritten, self._failed, self._left = [], {}, [], None, set()
         self._begun = True
+
+    def _require(self) -> None:
+        """That rows may be written. Raises `StoreError`."""
+        if self._begun:
+            self._known()
+        else:
+            self.begin()
 
     def begin(self) -> None:
         """Begin without a checkpoint. Raises `StoreError` where there are rows already."""

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrec.errors import DamagedError, StoreError
+from streamrec.errors import DamagedError, StoreError, UnreachableError
 from streamrec.protocols import State
 from streamrec.storage._chain import resolve
 from streamrec.storage._folders import Folder
@@ -127,7 +127,7 @@ class Shelf:
         except StoreError:
             raise
         except OSError as error:
-            raise StoreError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
+            raise UnreachableError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
         self._bases[number] = base
         self._prune([*names, payload, _manifest_name(number)])
         return decode(manifest).version
@@ -163,7 +163,7 @@ class Shelf:
         except OSError as error:
             with suppress(OSError):  # of the two payloads, that which the manifest does not name
                 self._clean(self._folder.names())
-            raise StoreError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
+            raise UnreachableError(f"cannot write to {self.uri}: {error}; {_cure(error)}") from error
         self._bases[base] = None
         self._remove([before.payload])
         self._prune(self._names())
@@ -222,6 +222,10 @@ class Shelf:
         """
         return self._newest(lambda number: self._manifest(number).version)
 
+    def has(self, number: int) -> bool:
+        """Whether there is such a version, by the names of the files alone. Raises `StoreError`."""
+        return number in self._numbers()
+
     def _newest(self, load: Callable[[int], T]) -> T | None:
         for _ in range(_TRIES):
             numbers = self._numbers()
@@ -249,7 +253,7 @@ class Shelf:
         try:
             return self._folder.names()
         except OSError as error:
-            raise StoreError(f"cannot list {self.uri}: {error}") from error
+            raise UnreachableError(f"cannot list {self.uri}: {error}") from error
 
     def _bytes(self, name: str) -> NDArray[np.uint8]:
         try:
@@ -257,7 +261,7 @@ class Shelf:
         except FileNotFoundError:
             raise
         except OSError as error:  # not damage: it may pass, and an older version would be the wrong answer
-            raise StoreError(f"cannot read {self.uri}/{name}: {error}") from error
+            raise UnreachableError(f"cannot read {self.uri}/{name}: {error}") from error
 
     def _require(self, base: int, numbers: Sequence[int]) -> Manifest:
         """The manifest of a version that another is to be changes of."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrec.batch import Batch
-from streamrec.errors import ConfigError, DamagedError, StoreError
+from streamrec.errors import ConfigError, DamagedError, StoreError, UnreachableError
 from streamrec.evaluators._accumulate import CLIP
 from streamrec.protocols import Model
 from streamrec.storage import Store
@@ -95,7 +95,7 @@ class Gate:
         self._line: list[tuple[int, int]] = []  # champions since the one before, and at which label
         self._past: list[int] = []  # those that were in it when the one before was served again
         self._recent = Recent(every)  # what the learner's watch has seen
-        self._earlier: set[int] = set()  # of the checkpoint before: a run that breaks now goes on from that one
+        self._earlier: set[int] = set()  # of the checkpoint on disk: a run that breaks now goes on from that one
         self._store: Store | None = None
         self._load: Callable[[int], Model] | None = None
         self._labels = 0
@@ -172,15 +172,16 @@ class Gate:
         trial = self._trial
         return trial.high < self.worse or trial.low > 0 or trial.seen >= self.patience
 
-    def decide(self, restore: Callable[[int], object] | None = None) -> None:
+    def decide(self, restore: Callable[[int], Callable[[], object]] | None = None, *, saved: bool = True) -> None:
         """Promote, turn down, roll back, and begin the next trial; where nothing is due, that alone. Writes to the
-        store. Raises `StoreError`.
+        store. Raises `StoreError`: what could not be written is decided the next time.
 
-        `restore`: makes the learner what it was when a version was cut; raises `DamagedError` where the checkpoint of
-        that cannot be read, and an older one is tried.
+        `restore`: reads what the learner was when a version was cut, and returns what makes it so; raises
+        `DamagedError` where the checkpoint of that cannot be read, and an older one is tried. `saved`: the checkpoint
+        before this is on disk.
         """
         store = self._require()
-        self._earlier = self._used()
+        self._earlier = self._used() if saved else self._earlier | self._used()
         if store.served.pinned() not in self._used():
             self._follow()  # somebody else has decided, and not this gate just before a crash
         if self.regressed:
@@ -213,7 +214,7 @@ class Gate:
         self._models["champion"], self._versions["champion"] = model, before
         self._past = past  # they may be better than the one that is served now: the learner's turn will show
 
-    def _go_back(self, restore: Callable[[int], object] | None) -> None:
+    def _go_back(self, restore: Callable[[int], Callable[[], object]] | None) -> None:
         """To the newest version that is as good as the best, of those there were since the one before, by the labels
         that say that the learner is worse; that is served, too, unless what is served is as good."""
         store = self._require()
@@ -223,8 +224,7 @@ class Gate:
         why = f"{low:.2%} more log loss at least than version {self._versions[anchor]}, over {seen:,} labels"
         for back in (*good, *fair):
             try:
-                if restore is not None:
-                    restore(back)
+                take_back = None if restore is None else restore(back)
                 break
             except DamagedError as error:
                 store.served.note(f"the checkpoint of version {back} cannot be read: {error}", time=self._time)
@@ -239,6 +239,8 @@ class Gate:
             self._serve(best, f"version {champion} is worse than it, of a learner that has {why}")
         store.served.note(f"the learner goes back to the checkpoint of version {back}: it has {why}", time=self._time)
         newest = store.versions.latest()
+        if take_back is not None:
+            take_back()  # after all that may fail: a learner does not go back twice
         self._follow()
         self._trial.last = None if newest is None else newest.number  # of the learner as it was
 
@@ -305,12 +307,14 @@ class Gate:
     def _move_up(self) -> None:
         """The newest of the line that has been watched long enough is what comes before; where that is the champion,
         nothing does."""
-        while self._watched:
-            following, _ = self._line.pop(0)
-        if following == self._versions["champion"]:
+        watched = sum(self._labels - label >= self.watch for _, label in self._line)  # the line is in order
+        following, _ = self._line[watched - 1]
+        model = None if following == self._versions["champion"] else self._read(following)  # before anything changes
+        del self._line[:watched]
+        if model is None:
             self._models["before"] = self._versions["before"] = None
         else:
-            self._models["before"], self._versions["before"] = self._read(following), following
+            self._models["before"], self._versions["before"] = model, following
             if not self._line:
                 self._join_line()
         self._past = []
@@ -344,9 +348,10 @@ class Gate:
             self._follow()
             self._models["champion"], self._versions["champion"] = self._read(served), served
         if self._models["challenger"] is None and newest.number not in (served, self._trial.last):
-            self._models["challenger"], self._versions["challenger"] = self._read(newest.number), newest.number
-            self._trial.last = newest.number
+            model = self._read(newest.number)
             store.served.challenge(newest.number, time=self._time)
+            self._models["challenger"], self._versions["challenger"] = model, newest.number
+            self._trial.last = newest.number
 
     def _read(self, version: int) -> Model:
         self._require()
@@ -387,5 +392,7 @@ class Gate:
         self._earlier = self._used()
         try:
             self._models = {name: None if n is None else self._read(n) for name, n in self._versions.items()}
+        except UnreachableError:
+            raise
         except StoreError:  # turned down and removed before the process was killed: there is nothing left to compare
             self._follow()

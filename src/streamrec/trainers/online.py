@@ -79,15 +79,18 @@ class OnlineTrainer:
     `checkpoint_seconds`: `run` cuts a checkpoint and publishes a version after so many events or seconds on `clock`,
     whichever is first, and at its end. `background`: they are written in a thread, and the stream waits only while they
     are cut; one that is due while the one before is being written is cut as soon as that is done. False: the stream
-    waits until they are written. `batch_size`: events `run` reads at once. `negatives`: the share of non-clicks to
-    learn from, each with 1/share of its weight, so that calibration stays; the impression's id chooses. The metrics
-    judge all of them. `early_negatives`: learn each impression as a non-click when it is shown and as a click when one
-    comes, with the fake-negative weighted loss, instead of once when its window closes: see `docs/labels.md` for when
-    that pays. The metrics wait for the label all the same. `archive`: an `Archive` or where to make one: every event
-    that reaches the model, every label and every dead letter, exactly once, since its files belong to checkpoints.
-    `gate`: tries each version before it is served. `drift`: watches the loss of the served scores and what is shown,
-    and acts. `calibration`: makes probabilities of the model's scores, and learns that from labels of the target as
-    they come; what is returned, judged and published is calibrated. `callbacks`: are told how it goes.
+    waits until they are written. `store_patience`: seconds on `clock` for which `run` goes on learning while the files
+    of its store or its archive cannot be read or written, from the first checkpoint that fails; the next are tried when
+    they are due, at most every five seconds, and once more at the end; 0: none may fail. `batch_size`: events `run`
+    reads at once. `negatives`: the share of non-clicks to learn from, each with 1/share of its weight, so that
+    calibration stays; the impression's id chooses. The metrics judge all of them. `early_negatives`: learn each
+    impression as a non-click when it is shown and as a click when one comes, with the fake-negative weighted loss,
+    instead of once when its window closes: see `docs/labels.md` for when that pays. The metrics wait for the label all
+    the same. `archive`: an `Archive` or where to make one: every event that reaches the model, every label and every
+    dead letter, exactly once, since its files belong to checkpoints. `gate`: tries each version before it is served.
+    `drift`: watches the loss of the served scores and what is shown, and acts. `calibration`: makes probabilities of
+    the model's scores, and learns that from labels of the target as they come; what is returned, judged and published
+    is calibrated. `callbacks`: are told how it goes.
 
     >>> from streamrec import AUC, CTR, FM, Id, Memory, Schema
     >>> shown = [Impression(id=f"i{n}", time=float(n), user="u1", item=f"p{n % 2}") for n in range(100)]
@@ -109,6 +112,7 @@ class OnlineTrainer:
         checkpoint_every: int = 100_000,
         checkpoint_seconds: float = 60.0,
         background: bool = True,
+        store_patience: float = 300.0,
         batch_size: int = 256,
         target: str = "click",
         negatives: float = 1.0,
@@ -128,6 +132,8 @@ class OnlineTrainer:
             raise ConfigError(f"negatives must be a share in (0, 1], got {negatives!r}")
         if not checkpoint_seconds > 0:
             raise ConfigError(f"checkpoint_seconds must be > 0, got {checkpoint_seconds!r}")
+        if not store_patience >= 0:
+            raise ConfigError(f"store_patience must be >= 0 seconds, got {store_patience!r}")
         require_target(join, target)
         if early_negatives and join is None:
             raise ConfigError("early_negatives needs a join, which tells when clicks come: give a LabelJoin")
@@ -139,6 +145,7 @@ class OnlineTrainer:
         self.checkpoint_every = checkpoint_every
         self.checkpoint_seconds = checkpoint_seconds
         self.background = background
+        self.store_patience = store_patience
         self.batch_size = batch_size
         self.target = target
         self.negatives = negatives
@@ -153,7 +160,7 @@ class OnlineTrainer:
         self._encoder = Encoder(model.schema)
         self._nothing = self._encoder([])
         self._saver = Saver(model)
-        self._checkpoints = Checkpoints(self.store, self.archive, self._saver, clock)
+        self._checkpoints = Checkpoints(self.store, self.archive, self._saver, clock, store_patience)
         self.gate = gate
         if gate is not None:
             if not (hasattr(model, "config") and hasattr(model, "from_config")):
@@ -400,8 +407,10 @@ class OnlineTrainer:
 
         SIGTERM and SIGINT end it between two micro-batches, or while a source with `wait` has nothing; what is due is
         saved then, too. At its end it cuts a checkpoint and publishes, if there is a store and there was anything to
-        read; an error of the source or the store ends it at once, when what is being written has been. A progress bar
-        is drawn where standard error is a terminal.
+        read; an error of the source ends it at once, when what is being written has been. A checkpoint whose files
+        cannot be written does not end it before `store_patience` is over; the report counts it as `failed_checkpoints`,
+        and it is logged once. Where the run begins and at its end, the store has to be there: raises `StoreError`. A
+        progress bar is drawn where standard error is a terminal.
         """
         self._lap = self._clock()
         self._checkpoints.follow(source)
@@ -432,7 +441,10 @@ class OnlineTrainer:
             with suppress(Exception):  # what ends the run is the first error
                 self._checkpoints.finish()
             raise
-        self._checkpoints.finish()
+        try:
+            self._checkpoints.finish()
+        except StoreError as error:
+            self.bear(error)  # the last one, below, holds what this one has
         self._take_lap()
         if self.store is not None and self._counts["events"] > self._checkpoints.events:
             self.checkpoint(source.position())
@@ -457,20 +469,31 @@ class OnlineTrainer:
                 elif self._counts["events"] == self._checkpoints.events:
                     continue  # nothing has come since the last one
                 self._tell_saved()
-                # what the learner goes on from hangs on it, so it does not hang on how fast a disk is
-                at_once = not self.background or (self.gate is not None and self.gate.regressed)
-                if (at_once or not self._checkpoints.busy) and self.checkpoint_due:
-                    if not at_once and not self._saver.prepared():
-                        continue
-                    self._take_lap()
-                    self._checkpoints.release()
-                    position = source.position()
-                    if at_once:
-                        self.checkpoint(position)
-                    else:
-                        self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
-                    bar.set_postfix(self.validation.compute(), refresh=False)
+                try:
+                    saved = self._save_when_due(source)
+                except StoreError as error:
+                    self.bear(error)
+                else:
+                    if saved:
+                        bar.set_postfix(self.validation.compute(), refresh=False)
             return stop.is_set()
+
+    def _save_when_due(self, source: Source) -> bool:
+        """Save, or begin to; false where nothing is due, or not yet possible. Raises what went wrong with the last."""
+        # what the learner goes on from hangs on it, so it does not hang on how fast a disk is
+        at_once = not self.background or (self.gate is not None and self.gate.regressed)
+        if not ((at_once or not self._checkpoints.busy) and self.checkpoint_due):
+            return False
+        if not at_once and not self._saver.prepared():
+            return False
+        self._take_lap()
+        self._checkpoints.release()
+        position = source.position()
+        if at_once:
+            self.checkpoint(position)
+        else:
+            self._checkpoints.write_behind(self._cut(position), position, self._counts["events"])
+        return True
 
     def _tell_saved(self) -> None:
         """Tell the callbacks of checkpoints that have come to be on disk."""
@@ -497,6 +520,8 @@ class OnlineTrainer:
             counts["drift"] = self.drift.count
         if self._calls.errors:
             counts["callback_errors"] = self._calls.errors
+        if self._checkpoints.outage.failed:
+            counts["failed_checkpoints"] = self._checkpoints.outage.failed
         for part in (*self.preprocessors, self.join, self.dead_letters):
             if part is not None:
                 counts.update(part.counts)
@@ -515,37 +540,48 @@ class OnlineTrainer:
     @property
     def checkpoint_due(self) -> bool:
         """Whether there is a store, and `checkpoint_every` events or `checkpoint_seconds` have passed since the last
-        one, or the gate has something to decide."""
-        decides = self.store is not None and self.gate is not None and self.gate.due
-        every, seconds = self.checkpoint_every, self.checkpoint_seconds
-        return decides or self._checkpoints.due(self._counts["events"], every, seconds)
+        one, or the gate has something to decide. After one that failed (see `bear`) none is for five seconds."""
+        every = 0 if self.gate is not None and self.gate.due else self.checkpoint_every
+        return self._checkpoints.due(self._counts["events"], every, self.checkpoint_seconds)
 
     def checkpoint(self, position: Position | None = None) -> Version:
-        """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`."""
+        """Save all that a resumed run needs, with the source's `position`, and publish. Raises `StoreError`, at once:
+        `bear` goes on after it."""
         self._require_store()
         self._checkpoints.finish()
         version = self._checkpoints.write(self._cut(position), position, self._counts["events"])
         self._tell_saved()
         return version
 
+    def bear(self, error: StoreError) -> None:
+        """Go on after a checkpoint that failed with `error`, in a loop of your own; `run` does it.
+
+        It is counted, and `checkpoint_due` says when to try again. Raises `error` where its files can be read and
+        written, so that it would not pass, and when `store_patience` is over.
+        """
+        self._checkpoints.bear(error, self._counts["events"])
+
     def _cut(self, position: Position | None) -> tuple[Cut, Cut]:
         """What is to be published and what is to be saved, at one instant: copies. The gate decides before."""
         if self.gate is not None:
-            self.gate.decide(self._go_back)
+            self.gate.decide(self._go_back, saved=self._checkpoints.begin())
         part = 0 if self.archive is None else self.archive.cut()
         model, base, copied = self._saver.cut(published=False)
         info = {"model": description(self.model), "metrics": plain(self.validation.compute()), "archive": part}
         state = {**self._state(model), "position": position}
         return self._cut_published(), Cut(state, info, base, published=False, copied=copied)
 
-    def _go_back(self, version: int) -> None:
-        """Take what the model and its calibration were when this version was cut, and count what was learned since.
-
-        The source, the join, the preprocessors and the metrics stay as they are: no event comes twice. Raises
-        `DamagedError`, and has changed nothing then.
-        """
+    def _go_back(self, version: int) -> Callable[[], None]:
+        """Read what the model and its calibration were when this version was cut. Raises `StoreError`."""
         store = self._require_store()
         _, state = store.checkpoints.read(store.checkpoint_of(version))  # type: ignore[misc]  # a gate has looked
+        return lambda: self._take_back(state)
+
+    def _take_back(self, state: State) -> None:
+        """Take the model and its calibration from this checkpoint, and count what was learned since.
+
+        The source, the join, the preprocessors and the metrics stay as they are: no event comes twice.
+        """
         rungs = None if self._tuner is None else self._tuner.rungs
         self._saver.forget()
         self.model.load_state_dict(state["model"])
@@ -605,6 +641,7 @@ class OnlineTrainer:
             return None
         self.load_state_dict(state)
         self._saver.resumed(version)
+        self._checkpoints.resumed(version)
         position: Position | None = state["position"]
         return position
 

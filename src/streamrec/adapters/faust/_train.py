@@ -67,8 +67,10 @@ def train(
     the app's start as well. `client`: more settings for aiokafka. How long a dead worker goes unnoticed is the app's
     `broker_session_timeout`, in seconds.
 
-    An error of the store, or of the trainer, crashes the worker: start it again and it goes on from the last
-    checkpoint. The app's monitor counts `streamrec_events`, `streamrec_dead_letters`, `streamrec_checkpoints`.
+    While the store cannot be reached or written the worker goes on learning, for the trainer's `store_patience`; its
+    offsets stay where the last checkpoint is. Then, where it is told to end meanwhile, and by any other error of the
+    store or of the trainer, it crashes: start it again and it goes on from the last checkpoint. The app's monitor
+    counts `streamrec_events`, `streamrec_dead_letters`, `streamrec_checkpoints`.
 
     Raises `ConfigError` where the trainer has no store, or a setting cannot work.
     """
@@ -140,7 +142,10 @@ class _Trainer(Owner):
                         self.bury(letter, underway)
                 letters.clear()
             if trainer.checkpoint_due and at != self._saved:
-                self._checkpoint(at, underway)
+                try:
+                    self._checkpoint(at, underway)
+                except StoreError as error:
+                    trainer.bear(error)
         if at != self._saved:
             self._checkpoint(at, underway)
 
