@@ -57,6 +57,19 @@ def test_hits_and_misses(encoder: TextEncoder) -> None:
     assert not first[[2, 4, 5]].any() and first.dtype == np.float32
 
 
+def test_into_memory_that_is_given(encoder: TextEncoder) -> None:
+    cache = TextCache(encoder)
+    texts = ["wine", None, "tea"]
+    out = np.full((3, encoder.hidden), 7.0, dtype=np.float32)
+    for _ in range(2):  # computed, and found
+        assert cache.vectors(texts, out=out) is out
+        np.testing.assert_array_equal(out, cache.vectors(texts))
+    wrong: list[Any] = [out[:2], out.astype(np.float64), np.asfortranarray(out)]
+    for one in wrong:
+        with pytest.raises(sr.ConfigError, match=r"out must be float32 of shape \(3, 32\)"):
+            cache.vectors(texts, out=one)
+
+
 def test_a_changed_encoder_never_serves_an_old_vector(encoder: TextEncoder, other: TextEncoder) -> None:
     cache = TextCache(encoder)
     old = cache.vectors(["wine", "tea", "glass"])

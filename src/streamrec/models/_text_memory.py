@@ -253,7 +253,7 @@ class TextMemory:
     def copy(self, found: NDArray[np.int64], out: NDArray[np.float32]) -> None:
         """Write the vectors of these rows to `out`, zeros where there is none. In `reading`."""
         if self.dtype.itemsize == 2:
-            loops.copy_halves(found, self.vectors, out, out.view(np.uint32))
+            loops.copy_halves(found, self.vectors, out)
         else:
             loops.copy_singles(found, self.vectors, out)
 

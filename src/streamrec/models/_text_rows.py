@@ -14,6 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import types
+from numba.extending import intrinsic
 
 from streamrec._compile import compiled
 from streamrec._keyed_table import EMPTY, find, put, take_out
@@ -189,9 +192,21 @@ def find_all(
     return found
 
 
+def _as_single(typing: Any, bits: Any) -> Any:
+    """The float32 of these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+_single: Any = intrinsic(_as_single)
+
+
 @compiled()
-def copy_halves(found: Any, vectors: Any, out: Any, bits: Any) -> None:
-    """Vectors in float16, as uint16, to float32 `out`, of which `bits` is the same memory as uint32: exact.
+def copy_halves(found: Any, vectors: Any, out: Any) -> None:
+    """Vectors in float16, as uint16, to float32 `out`: exact.
 
     Sign and the other bits are put where float32 has them, and the product with 2^112 makes up for the other exponent.
     """
@@ -203,11 +218,11 @@ def copy_halves(found: Any, vectors: Any, out: Any, bits: Any) -> None:
         if row < 0:
             out[n] = 0
             continue
-        for j in range(out.shape[1]):
-            half = np.uint32(vectors[row, j])
-            bits[n, j] = ((half & np.uint32(0x7FFF)) << np.uint32(13)) | ((half & np.uint32(0x8000)) << np.uint32(16))
-        for j in range(out.shape[1]):
-            out[n, j] *= np.float32(2.0**112)
+        halves, singles = vectors[row], out[n]
+        for j in range(len(singles)):
+            half = np.uint32(halves[j])
+            bits = ((half & np.uint32(0x7FFF)) << np.uint32(13)) | ((half & np.uint32(0x8000)) << np.uint32(16))
+            singles[j] = _single(np.uint32(bits)) * np.float32(2.0**112)
 
 
 @compiled()

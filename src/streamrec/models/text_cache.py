@@ -98,11 +98,19 @@ class TextCache:
         asked = self._counts["hits"] + self._counts["misses"]
         return self._counts["hits"] / asked if asked else float("nan")
 
-    def vectors(self, texts: Sequence[str | None]) -> NDArray[np.float32]:
-        """float32 `(n, hidden)`: the texts' vectors; those that are not there are computed, and kept."""
+    def vectors(self, texts: Sequence[str | None], *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """float32 `(n, hidden)`: the texts' vectors; those that are not there are computed, and kept.
+
+        `out`: an array of that shape, without gaps, to write them to and return; a new one otherwise, whose memory the
+        system takes longer to give than the look-ups take. Raises `ConfigError` for one of another shape or type.
+        """
         encoder = self._encoder
+        shape = (len(texts), encoder.hidden)
+        if out is None:
+            out = np.empty(shape, dtype=np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.carray:
+            raise ConfigError(f"out must be float32 of shape {shape}, C-contiguous, got {out.dtype} of {out.shape}")
         data, spans = self._read(texts, encoder)
-        out = np.empty((len(texts), encoder.hidden), dtype=np.float32)
         keys = np.empty((len(texts), 2), dtype=np.uint64)
         while True:
             version = encoder.version
