@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import streamrec as sr
-from streamrec.errors import ConfigError, StoreError
+from streamrec.errors import ConfigError, StoreError, UnreachableError
 from streamrec.events import decode_event, encode_event
 from streamrec.hashing import id_of
 from streamrec.storage import archive as module
@@ -230,6 +231,31 @@ def test_what_found_no_room_on_the_disk_is_written_with_the_checkpoint(
         archive.add(shown[:4])
     archive.add(shown[4:])
     archive.cut()
+    archive.write()
+    archive.commit(1, 1)
+    assert everything(archive.read("events")) == shown
+
+
+def test_what_an_interrupted_write_has_left_is_in_no_ones_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, away = tmp_path / "disk", tmp_path / "away"
+
+    def lose(descriptor: int) -> None:
+        place.rename(away)  # so that it cannot be removed, either
+        raise OSError("gone")
+
+    archive = sr.Archive(place / "archive")
+    shown = [sr.Impression(f"i{n}", START + n, "u1", "p1") for n in range(8)]
+    archive.add(shown)
+    archive.cut()
+    place.mkdir()
+    archive.begin()
+    monkeypatch.setattr("streamrec.storage._folders._sync_directory", lambda path: None)
+    monkeypatch.setattr(os, "fsync", lose)
+    with pytest.raises(UnreachableError, match="gone"):
+        archive.write()
+    monkeypatch.undo()
+    assert [*away.rglob("*.tmp")]
+    away.rename(place)
     archive.write()
     archive.commit(1, 1)
     assert everything(archive.read("events")) == shown
