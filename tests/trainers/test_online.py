@@ -544,6 +544,33 @@ def test_progress_is_drawn_on_terminals_only(screen: Any, monkeypatch: pytest.Mo
     assert ("events" in drawn.getvalue()) is (screen is Terminal)
 
 
+FORKED = """
+import os, signal, sys
+import streamrec as sr
+
+class Terminal:
+    def isatty(self): return True
+    def flush(self): pass
+    def write(self, text): os.kill(os.getpid(), signal.SIGKILL)  # amid the drawing, with what that holds
+
+def run():
+    trainer = sr.OnlineTrainer(model=sr.FM(sr.Schema(sr.Id("user")), dim=4))
+    trainer.run(sr.Memory([sr.Labeled(sr.Impression("i1", 0.0, "u1", "p1"), 1.0)]))
+
+run()
+child = os.fork()
+if child == 0:
+    sys.stderr = Terminal()
+    run()
+assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+run()
+"""
+
+
+def test_a_process_that_is_killed_amid_drawing_holds_up_no_other() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=300)
+
+
 def test_a_checkpoint_before_anything_was_learned(make_trainer: Any) -> None:
     store = sr.Store("memory://test-online/nothing-learned")
     stream = [shown(n) for n in range(20)]

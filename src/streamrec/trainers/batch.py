@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from streamrec.batch import LabeledRows
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import LogLoss, NormalizedEntropy, Report
 from streamrec.protocols import Metric, Model, RowSource, State
 from streamrec.storage import Store, Version
+from streamrec.trainers._bar import Bar
 from streamrec.trainers._saved import description, plain, require_same
 from streamrec.trainers._stop import stop_on_signals
 from streamrec.trainers.callbacks import Callback, Calls, Progress
@@ -140,7 +140,7 @@ class BatchTrainer:
             self._before = self._split(rows)
         split, done = self._before, False
         bar_of: dict[str, Any] = {"total": 1.0, "disable": None if progress else True, "bar_format": PROGRESS}
-        with stop_on_signals() as stop, self._rate_of_one(), tqdm(**bar_of) as bar:
+        with stop_on_signals() as stop, self._rate_of_one(), Bar(**bar_of) as bar:
             while True:
                 while not stop.is_set() and (part := self._read(rows)) is not None:
                     self._learn(_between(part, -np.inf, split))

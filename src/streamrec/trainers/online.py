@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from streamrec.batch import Batch
 from streamrec.errors import ConfigError, StoreError
@@ -36,6 +35,7 @@ from streamrec.protocols import LEARN, SCORE, Metric, Model, OrderedModel, Sourc
 from streamrec.schema import Text
 from streamrec.storage import Archive, Store, Version
 from streamrec.trainers._aside import letters_of, places_of
+from streamrec.trainers._bar import Bar
 from streamrec.trainers._checkpoints import Checkpoints
 from streamrec.trainers._forget import forget_rows, names_of, purge_letters
 from streamrec.trainers._judge import Judge
@@ -457,7 +457,7 @@ class OnlineTrainer:
         """Learn from `source` and cut checkpoints on the way; true where a signal has ended it."""
         read = 0
         wait = getattr(source, "wait", None)
-        with stop_on_signals() as stop, tqdm(total=limit, unit=" events", unit_scale=True, disable=None) as bar:
+        with stop_on_signals() as stop, Bar(total=limit, unit=" events", unit_scale=True, disable=None) as bar:
             while not stop.is_set() and (limit is None or read < limit):
                 if wait is None or wait(_PATIENCE):
                     events = source.read(self.batch_size if limit is None else min(self.batch_size, limit - read))

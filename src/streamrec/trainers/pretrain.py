@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from streamrec.errors import ConfigError, StoreError
 from streamrec.evaluators import Report
@@ -23,6 +22,7 @@ from streamrec.models._gradient import Gradient, draw
 from streamrec.models.text_encoder import CHARACTERS, USUAL_TOKENS, normalised
 from streamrec.protocols import State
 from streamrec.storage import Store
+from streamrec.trainers._bar import Bar
 from streamrec.trainers._stop import stop_on_signals
 
 __all__ = ["InBatch", "MaskedLM", "Objective", "SimCSE", "pretrain"]
@@ -120,7 +120,7 @@ def pretrain(
     if found is not None:
         run.load_state_dict(found[1])
     begun = saved = clock()
-    with stop_on_signals() as stop, tqdm(total=run.total, initial=run.done, unit=" steps", disable=None) as bar:
+    with stop_on_signals() as stop, Bar(total=run.total, initial=run.done, unit=" steps", disable=None) as bar:
         while not stop.is_set() and run.done < run.total:
             run.step()
             bar.update(1)

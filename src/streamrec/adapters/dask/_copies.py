@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distributed import Client
-from tqdm import tqdm
 
 from streamrec.adapters.dask._cluster import ClusterError, given, threads_of
 from streamrec.adapters.dask._ranks import Group, Parted, Ranks, run_ranks
@@ -20,6 +19,7 @@ from streamrec.models.merging import Copy
 from streamrec.protocols import Metric, RowSource, State
 from streamrec.storage import EncodedRows, Store, Version
 from streamrec.trainers import BatchTrainer
+from streamrec.trainers._bar import Bar
 from streamrec.trainers.batch import PROGRESS
 
 __all__ = ["fit_copies"]
@@ -59,7 +59,7 @@ def fit_copies(
     settings = {name: getattr(trainer, name) for name in (*names, "checkpoint_seconds")}
     store = None if trainer.store is None else (trainer.store.uri, trainer.store.keep)
     tries, before = 0, -1
-    with tqdm(total=1.0, disable=None, bar_format=PROGRESS) as bar:
+    with Bar(total=1.0, disable=None, bar_format=PROGRESS) as bar:
 
         def heard(fraction: float) -> None:
             bar.update(max(0.0, fraction - bar.n))

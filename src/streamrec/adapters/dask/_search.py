@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 from fsspec.core import url_to_fs
-from tqdm import tqdm
 
 from streamrec.adapters.dask._cluster import DeadlyTask, Task, require_client, results, threads_of
 from streamrec.adapters.dask._space import Points, RandomPoints
@@ -24,6 +23,7 @@ from streamrec.models.space import Choice, Params, Real, Space, Whole, best_of
 from streamrec.protocols import Metric
 from streamrec.storage import EncodedRows, Store
 from streamrec.storage._folders import folder
+from streamrec.trainers._bar import Bar
 
 __all__ = ["Halving", "search"]
 
@@ -120,7 +120,7 @@ def search(
     params: list[Params] = []
     run = _Run(client, store, Told(make, validation, list(metrics)), rows, halving, timeout)
     saved = run.open(_settings(space, rows, halving, points, validation))
-    bar = tqdm(total=sum(map(halving.points, range(halving.rounds))), disable=None, unit="trial")
+    bar = Bar(total=sum(map(halving.points, range(halving.rounds))), disable=None, unit="trial")
     with bar:
         group = points.group or halving.trials
         for begin in range(0, halving.trials, group):
