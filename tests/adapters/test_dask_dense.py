@@ -99,8 +99,10 @@ def test_ranks_fine_tune_a_bert_as_one_process_does(client: Any, tmp_path: Path)
     assert report.counts["learned"] == expected.counts["learned"] == 96 and together.model.steps == 3
     assert report.metrics == pytest.approx(expected.metrics, rel=1e-3)
     weights = together.model.state_dict()["weights"]
+    # the gradient of a key's bias is rounding alone, for softmax takes no note of it, and Adam makes steps of that:
+    # some fiftieths of lr; ranks that did not share would be a whole one apart, and more
     for name, value in alone.model.state_dict()["weights"].items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
     assert first_difference(copy_state(weights), before) is not None
 
 
