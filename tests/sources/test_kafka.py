@@ -433,7 +433,11 @@ def test_kills_lose_nothing_and_learn_nothing_twice(
             # after the first, the second or the third checkpoint, and a while: amid a batch or amid a write
             wait_until(lambda: newest() >= before + 1 + number % 3)  # noqa: B023
             time.sleep(rng.uniform(0.0, 0.1))
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # it was at the end before, on a fast machine
+                assert number and told("code") == 0
+                break
             assert told("code") == -signal.SIGKILL
         print("hasty", file=nursery.stdin)
         assert told("code") == 0
