@@ -131,15 +131,29 @@ def test_bags_of_events_of_mappings_and_of_lines(client: Any, tmp_path: Path) ->
         assert_equal(found, expected)
 
 
+def with_feature_columns(good: list[Any]) -> list[dict[str, Any]]:
+    """The events as rows, a feature a column; the sixth is of no type there is."""
+    plain = [msgspec.json.decode(encode_event(one)) for one in good]
+    columns = [{**{k: v for k, v in one.items() if k != "features"}, **one.get("features", {})} for one in plain]
+    columns[5] = {**columns[5], "type": "nothing"}
+    return columns
+
+
+def assert_all_but_the_sixth(rows: sr.EncodedRows, good: list[Any]) -> None:
+    """What `prepare` made of such rows is what one process makes of the events without the sixth, which is counted."""
+    assert rows.counts["malformed"] == 1 and rows.counts["events"] == len(good)
+    expected, _ = whole(sr.Memory([*good[:5], *good[6:]]))
+    found = rows.read(10**6)
+    assert found is not None
+    assert_equal(found, expected)
+
+
 def test_parquet_of_events_with_features_as_columns(client: Any, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     good = [one for one in make_stream(3, 300, messy=False, labeled=0.0) if not isinstance(one, DeadLetter)]
-    expected, _ = whole(sr.Memory(good))
-    plain = [msgspec.json.decode(encode_event(one)) for one in good]
-    columns = [{**{k: v for k, v in one.items() if k != "features"}, **one.get("features", {})} for one in plain]
-    columns[5] = {**columns[5], "type": "nothing"}
+    columns = with_feature_columns(good)
     table = pyarrow.Table.from_pylist(
         columns,
         schema=pyarrow.unify_schemas(
@@ -148,31 +162,19 @@ def test_parquet_of_events_with_features_as_columns(client: Any, tmp_path: Path)
     )
     parquet.write_table(table, tmp_path / "events.parquet", row_group_size=60)
     rows = dask.prepare(client, str(tmp_path / "events.parquet"), str(tmp_path), schema=Schema, parts=3, **parts())
-    assert rows.counts["malformed"] == 1 and rows.counts["events"] == len(good)
-    del good[5]
-    expected, _ = whole(sr.Memory(good))
-    found = rows.read(10**6)
-    assert found is not None
-    assert_equal(found, expected)
+    assert_all_but_the_sixth(rows, good)
 
 
 def test_a_dataframe_is_an_archive(client: Any, tmp_path: Path) -> None:
     frames = pytest.importorskip("dask.dataframe")
     pandas = pytest.importorskip("pandas")
     good = [one for one in make_stream(3, 300, messy=False, labeled=0.0) if not isinstance(one, DeadLetter)]
-    plain = [msgspec.json.decode(encode_event(one)) for one in good]
-    columns = [{**{k: v for k, v in one.items() if k != "features"}, **one.get("features", {})} for one in plain]
-    columns[5] = {**columns[5], "type": "nothing"}
+    columns = with_feature_columns(good)
     frame = pandas.DataFrame(columns)  # where nothing is, it has nan
     with pytest.importorskip("dask").config.set({"dataframe.convert-string": False}):  # else of lists, too
         archive = frames.from_pandas(frame, npartitions=5, sort=False)
         rows = dask.prepare(client, archive, str(tmp_path), schema=Schema, parts=3, **parts())
-    assert rows.counts["malformed"] == 1 and rows.counts["events"] == len(good)
-    del good[5]
-    expected, _ = whole(sr.Memory(good))
-    found = rows.read(10**6)
-    assert found is not None
-    assert_equal(found, expected)
+    assert_all_but_the_sixth(rows, good)
 
 
 def test_what_prepare_refuses(client: Any, tmp_path: Path) -> None:
