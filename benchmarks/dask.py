@@ -106,12 +106,11 @@ def prepared_alone(archive: str, folder: str) -> sr.EncodedRows:
 def scored_alone(model: sr.FM, users: list[str], folder: str, catalogue: list[str]) -> None:
     """What `score` does, in one process: the same code over the same groups of users."""
     from streamrec.adapters.dask._models import Reference
-    from streamrec.adapters.dask._score import User, _best, _Items
+    from streamrec.adapters.dask._score import _best, _Items
 
     where = Reference(secrets.token_hex(4), "", 0)  # another each time, so that the catalogue is made again, as there
     for number, at in enumerate(range(0, len(users), 1000)):
-        some = [User(one) for one in users[at : at + 1000]]
-        _best(where, model, _Items(catalogue), some, 100, f"{folder}/alone-{os.getpid()}", number)
+        _best(where, model, _Items(catalogue), users[at : at + 1000], 100, f"{folder}/alone-{os.getpid()}", number)
 
 
 def write_rows(out: str, rows: int, fields: int) -> tuple[sr.EncodedRows, LabeledRows]:

@@ -277,15 +277,14 @@ def test_scores_are_those_of_a_scorer(client: Any, tmp_path: Path, kind: str) ->
 
 
 class Deadly(dict[str, Any]):
-    """Features that kill the worker which unpacks them."""
+    """Features that kill the worker which unpacks them. Neither client nor scheduler may: they only hand them on."""
 
     def __reduce__(self) -> Any:
         return _unpacked, (self["flag"],)
 
 
 def _unpacked(flag: str) -> dict[str, Any]:
-    if multiprocessing.parent_process() is None:
-        return Deadly(flag=flag)
+    assert multiprocessing.parent_process() is not None, "unpacked where no worker is"
     kill_worker(flag)
     return {}
 

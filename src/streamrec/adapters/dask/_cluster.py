@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from distributed import Client, Future, wait
 from distributed.comm.core import CommClosedError
+from distributed.protocol import pickle
 from distributed.protocol.serialize import dask_serialize
 from distributed.scheduler import KilledWorker
 
@@ -94,17 +95,31 @@ def threads_of(client: Client) -> dict[str, int]:
 
 
 def submit(client: Client, task: Task) -> Future[Any]:
-    """Ask for one task."""
+    """Ask for one task. Those of its arguments that are futures it gets as what they stand for.
+
+    The rest goes as bytes, which client and scheduler hand on: they would look into every list and mapping for more
+    futures, element by element, and the scheduler would make all of it anew only to send it on.
+    """
+    futures = {place: one for place, one in enumerate(task.arguments) if isinstance(one, Future)}
+    rest = [None if place in futures else one for place, one in enumerate(task.arguments)]
     with told(client):
         future: Future[Any] = client.submit(
-            task.function,
-            *task.arguments,
+            _call,
+            pickle.dumps((task.function, rest, tuple(futures))),  # type: ignore[no-untyped-call]
+            *futures.values(),
             key=f"{task.key}-{time.time_ns():x}-{id(task):x}",
             pure=False,
             workers=task.workers,
             allow_other_workers=task.workers is not None and not task.pinned,
         )
         return future
+
+
+def _call(packed: bytes, *values: Any) -> Any:
+    function, arguments, places = pickle.loads(packed)  # type: ignore[no-untyped-call]
+    for place, value in zip(places, values, strict=True):
+        arguments[place] = value
+    return function(*arguments)
 
 
 def given(client: Client, value: Any) -> Future[Any]:

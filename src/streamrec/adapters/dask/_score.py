@@ -61,13 +61,12 @@ def score(
     for name, value in (("at_once", at_once), ("k", 1 if k is None else k)):
         if value < 1:
             raise ConfigError(f"{name} must be >= 1, got {value!r}")
-    where = reference(client, model)
-    whole = [User(one) if isinstance(one, str) else one for one in users]
+    where, users = reference(client, model), list(users)
     items = given(client, _Items(list(catalogue)))
     spread(client, where.sent, items)
     tasks = [
-        Task("score", _best, (where._replace(sent=None), where.sent, items, whole[at : at + at_once], k, out, number))
-        for number, at in enumerate(range(0, len(whole), at_once))
+        Task("score", _best, (where._replace(sent=None), where.sent, items, users[at : at + at_once], k, out, number))
+        for number, at in enumerate(range(0, len(users), at_once))
     ]
     files = [""] * len(tasks)
     threads = sum(threads_of(client).values())
@@ -87,15 +86,16 @@ def score(
 
 
 def _best(
-    where: Reference, sent: Any, catalogue: _Items, users: Sequence[User], k: int | None, out: str, number: int
+    where: Reference, sent: Any, catalogue: _Items, users: Sequence[str | User], k: int | None, out: str, number: int
 ) -> str:
     import pyarrow
     from pyarrow import parquet
 
     view, items = catalogue_of(where, sent, catalogue.items)
-    found = [view.retrieve_places(user=name, k=k, features=features) for name, features in users]
+    whole = [User(one) if isinstance(one, str) else one for one in users]
+    found = [view.retrieve_places(user=name, k=k, features=features) for name, features in whole]
     lengths = [len(places) for places, _ in found]
-    names = pyarrow.array([name for name, _ in users], pyarrow.string())
+    names = pyarrow.array([name for name, _ in whole], pyarrow.string())
     # columns all the way: an object for each of a million rows takes longer than to find them
     table = pyarrow.table(
         {
