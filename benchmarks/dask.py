@@ -48,6 +48,7 @@ SCHEMA = sr.Schema(
 )
 START = 1_700_000_000.0
 EPOCHS = 3
+USERS = 80_000
 
 
 def parts() -> dict[str, Any]:
@@ -180,7 +181,7 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
             Client(cluster) as client,
         ):
             started = clock() - begun
-            users, items = [f"u{n}" for n in range(20_000)], [f"p{n}" for n in range(50_000)]
+            users, items = [f"u{n}" for n in range(USERS)], [f"p{n}" for n in range(50_000)]
             works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
                 "prepare": (
                     partial(prepared_alone, archive, name),

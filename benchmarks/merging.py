@@ -4,6 +4,8 @@
 
 No cluster, for what is measured is not speed: the copies learn one after the other in this process, the rows and the
 merges being those of `streamrec.adapters.dask.fit`. The area is that of a tenth more rows, which nobody has learned.
+Then what one merge takes of each copy, where each has learned 250,000 rows of 200,000 ids since the last: CPU, and what
+it receives, beside what it would if each merged all by itself.
 """
 
 from __future__ import annotations
@@ -11,22 +13,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 
 import streamrec as sr
 from benchmarks._measure import auc, log_loss, one_thread
-from benchmarks.streams import zipf
+from benchmarks.streams import Stream, zipf
 from streamrec.adapters.dask import _share
 from streamrec.adapters.dask._share import Cuts
 from streamrec.batch import LabeledRows
 from streamrec.models import merging
-from streamrec.models.merging import Copy
+from streamrec.models.merging import Copy, merge
 
 __all__ = ["main"]
 
 EPOCHS = 2
+APART = 250_000
 
 
 def learned(
@@ -46,12 +50,47 @@ def learned(
                     model.learn(*rows.take(slice(min(first + begin, last), min(first + end, last))))
                 if copies > 1:
                     start = time.process_time()
-                    parts = [one.changes() for one in apart_models]
-                    for one in apart_models:
-                        one.merge(parts)
+                    merge(apart_models)
                     seconds += (time.process_time() - start) / copies
                     merges += 1
         yield models[0], seconds, merges
+
+
+def cost(stream: Stream, copies: int, apart: int) -> str:
+    """Of the second merge of so many copies, one that has memory already: a row of the table."""
+    ones = np.ones(len(stream.labels), dtype=np.float32)
+    whole = LabeledRows(stream.batch, stream.labels, ones)
+    models = [sr.FM(stream.schema, dim=16) for _ in range(copies)]
+    parted = [Copy(model) for model in models]
+    for merge_number in range(2):
+        for copy, model in enumerate(models):
+            begin = (merge_number * copies + copy) * apart
+            model.learn(*whole.take(slice(begin, begin + apart)))
+        if not merge_number:
+            merge(parted)
+    start = time.process_time()
+    parts = [one.changes() for one in parted]
+    merges = [one.merge(parts, number) for number, one in enumerate(parted)]
+    seconds, came, received = time.process_time() - start, [None] * copies, 0
+    for _ in range(2):  # both swaps
+        start = time.process_time()
+        swaps = [one.send(rows) for one, rows in zip(merges, came, strict=True)]  # type: ignore[arg-type]
+        seconds += time.process_time() - start
+        given = [[rows.copy() for rows in swap.give] for swap in swaps]
+        came = [[rows[number] for rows in given] for number in range(copies)]  # type: ignore[misc]
+        received += sum(rows.nbytes for some in given for rows in some)
+    start = time.process_time()
+    for one, rows in zip(merges, came, strict=True):
+        with suppress(StopIteration):
+            one.send(rows)  # type: ignore[arg-type]
+    seconds += time.process_time() - start
+    row = models[0]._table.array[0].nbytes
+    small = sum(array.nbytes for part in parts for array in part.values()) * (copies - 1)
+    all_of_all = sum(len(part["ids"]) for part in parts) * row * (copies - 1)
+    mib = [(small + rows) / copies / 2**20 for rows in (received, all_of_all)]
+    return (
+        f"| {copies} | {len(models[0].ids):,} | {1e3 * seconds / copies:.0f} ms | {mib[0]:.0f} MiB | {mib[1]:.0f} MiB |"
+    )
 
 
 def main(count: int = 400_000) -> None:
@@ -92,6 +131,10 @@ def main(count: int = 400_000) -> None:
             show("4 copies, 25,000 apart, means", 4, 25_000)
         finally:
             merging.TRUST = trust
+        print("\n| copies | ids | CPU of each | received | if each merged all |\n| ---: | ---: | ---: | ---: | ---: |")
+        wide = zipf(2 * 8 * APART, fields=10, ids=200_000, even=False)
+        for copies in (2, 4, 8):
+            print(cost(wide, copies, APART), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def _learn_and_merge(dim: int) -> None:
     import numpy as np
 
     import streamrec as sr
-    from streamrec.models.merging import Copy
+    from streamrec.models.merging import Copy, merge
     from streamrec.preprocessors import encode
 
     schema = sr.Schema(sr.Id("user"), sr.Number("price", standardize=True))
@@ -51,9 +51,7 @@ def _learn_and_merge(dim: int) -> None:
     for model in models:
         model.learn(batch, np.ones(1, dtype=np.float32))
         model.predict(batch)
-    changes = [one.changes() for one in copies]
-    for one in copies:
-        one.merge(changes)
+    merge(copies)
 
 
 @pytest.fixture(scope="session", name="clients")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import streamrec as sr
 from streamrec.batch import Batch
-from streamrec.models.merging import Copy
+from streamrec.models.merging import Copy, merge
 from streamrec.preprocessors import encode
 
 START = 1_700_000_000.0
@@ -73,9 +74,7 @@ def test_copies_are_one_model_again(schema: sr.Schema, name: str) -> None:
         for number, model in enumerate(models):
             model.learn(*batch(rng, count if number else count // 2, time, schema))
             time += count
-        parts = [one.changes() for one in copies]
-        for one in copies:
-            one.merge(parts)
+        merge(copies)
         expected = rows_of(models[0])
         assert all(rows_of(model) == expected for model in models)
         scores = [model.predict(probes(schema, time)) for model in models]
@@ -98,9 +97,7 @@ def test_a_copy_goes_on_alone_where_the_others_have_learned_nothing() -> None:
         some = batch(rng, 60)
         models[1].learn(*some)
         alone.learn(*some)
-        parts = [one.changes() for one in copies]
-        for one in copies:
-            one.merge(parts)
+        merge(copies)
     for model in models:
         assert rows_of(model) == rows_of(alone)
         np.testing.assert_array_equal(model.predict(probes(PLAIN, START)), alone.predict(probes(PLAIN, START)))
@@ -118,8 +115,7 @@ def test_sums_and_statistics_are_those_of_all_rows() -> None:
             whole.learn(*some)
         before = np.asarray(copies[0]._other["bias"][2])
         parts = [one.changes() for one in copies]
-        for one in copies:
-            one.merge(parts)
+        merge(copies)
         joint = before + sum(part["bias"][2] - before for part in parts)  # FTRL's n
         assert models[0].optimizer_bias[1].item() == pytest.approx(float(joint), rel=1e-6)
         np.testing.assert_allclose(models[0].statistics.numpy(), whole.statistics.numpy(), rtol=1e-9, atol=1e-9)
@@ -131,8 +127,30 @@ def test_what_others_have_learned_is_published_as_changed() -> None:
     copies = [Copy(model) for model in models]
     models[0].mark(published=True)
     models[1].learn(*batch(rng, 30))
-    parts = [one.changes() for one in copies]
-    for one in copies:
-        one.merge(parts)
+    merge(copies)
     assert set(models[0].changes(published=True)["ids"].values.tolist()) == set(models[0].ids.ids.tolist())
     assert not len(copies[0].changes()["ids"])
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_what_a_copy_gets_does_not_grow_with_their_number(count: int) -> None:
+    rng = np.random.default_rng(5)
+    models = [sr.FM(PLAIN, dim=4) for _ in range(count)]
+    copies = [Copy(model) for model in models]
+    for model in models:
+        model.learn(*batch(rng, 400))
+    parts = [one.changes() for one in copies]
+    rows = len(np.unique(np.concatenate([part["ids"] for part in parts])))
+    assert all(len(part["ids"]) > 0.9 * rows for part in parts)
+    merges = [one.merge(parts, number) for number, one in enumerate(copies)]
+    swaps, got = [next(one) for one in merges], [0] * count
+    while swaps:
+        for number, swap in enumerate(swaps):
+            assert [len(one.give[number]) for one in swaps] == swap.want and swap.want[number] == 0
+            got[number] += sum(swap.want)
+        given, swaps = [[one.copy() for one in swap.give] for swap in swaps], []
+        for number, merge_of_one in enumerate(merges):
+            with suppress(StopIteration):
+                swaps.append(merge_of_one.send([one[number] for one in given]))
+    assert rows // 2 <= min(got) and max(got) <= 2 * rows
+    assert all(rows_of(model) == rows_of(models[0]) for model in models)

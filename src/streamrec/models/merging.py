@@ -15,44 +15,63 @@ w' = w_c.
 The same for w = -z / s of FTRL, whose z is made of that. docs/why.md has the measurements.
 
 SGD and Adam remember no such sum: their parameters are the means over the copies that have moved them, which is slow.
+
+Each row is merged by one of the copies that have changed it, in turns: the others send it theirs, and it sends all what
+the row is now. So what a copy computes, receives and holds for a merge is in proportion to the model, however many
+copies there are (a reduce-scatter and an all-gather; Thakur, Rabenseifner & Gropp 2005).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from streamrec._compile import compiled
-from streamrec._pointers import held_rows, pointers_to
+from streamrec._pointers import held_rows, pointers_to, touch
 from streamrec.models import _kernels
 from streamrec.models._hash_table import SIGHTED
 from streamrec.models._memory import Rows
 from streamrec.models._updates import ADAGRAD, ADAM, FTRL, ROW_ADAGRAD, first_factor, updates_of
 from streamrec.models.fm import CHECKPOINT, FM, PUBLISHED
 
-__all__ = ["Changes", "Copy"]
+__all__ = ["Changes", "Copy", "Swap", "merge"]
 
 Changes = Mapping[str, NDArray[Any]]
-"""What one copy has learned: arrays by name."""
+"""What one copy has learned, but for the rows themselves: arrays by name."""
+
+
+class Swap(NamedTuple):
+    """Rows that a copy gives to each copy, and how many it gets from each, by the copies' numbers; of itself none."""
+
+    give: Sequence[NDArray[np.float32]]
+    """`(rows, width)` each; good until what came for them has been sent back to the merge."""
+    want: Sequence[int]
+
 
 TRUST = np.array([1.0, 4.0], dtype=np.float32)
 """Of factors and of linear weights, for each further copy: how much further copies have gone to their own optima than
 the squares of one parameter say, since all parameters of a row move at once."""
 
 
+AHEAD = 16
+"""So many rows before a row is merged the cache is asked for it."""
+LINE = 16
+"""Numbers in a line of the cache."""
+
+
 class Copy:
     """A copy of an FM, one of several that learn apart: what it has learned since the last merge, and the merge.
 
     All copies must have been the same when their `Copy` was made, and merge the same changes in the same order; then
-    they are the same after it, bit for bit, but for the numbers of the rows. Keeps what the rows were and what was sent
+    they are the same after it, bit for bit, but for the numbers of the rows. Keeps what the rows were and what is sent
     of them, each as much memory as the model's.
 
-    >>> import copy
     >>> from streamrec import Id, Impression, Schema
     >>> from streamrec.preprocessors import encode
     >>> schema = Schema(Id("user"), Id("item"))
@@ -61,9 +80,7 @@ class Copy:
     >>> batches = [encode(schema, [Impression("i", 0.0, "u1", item)]).batch for item in ("p1", "p2")]
     >>> for model, batch in zip(models, batches):
     ...     model.learn(batch, np.ones(1, dtype=np.float32))
-    >>> learned = [one.changes() for one in copies]
-    >>> for one in copies:
-    ...     one.merge(learned)
+    >>> merge(copies)
     >>> bool(models[0].predict(batches[1]) == models[1].predict(batches[1]))
     True
     """
@@ -109,19 +126,14 @@ class Copy:
         return alive
 
     def changes(self) -> Changes:
-        """What has been learned since the last merge; its arrays are good until the next call."""
+        """What has been learned since the last merge, but for the rows of the ids."""
         model = self.model
         rows = np.flatnonzero(model._touched.array[: model.ids.used] & CHECKPOINT)
         if model._expires:
             rows = rows[self._live(rows)]
         counted = np.flatnonzero(model._sketch != self._other["sketch"])
-        model._gather()
-        if len(self._sent) < len(rows):  # kept from merge to merge: to be given memory takes longer than to fill it
-            self._sent = np.empty((len(rows) + len(rows) // 4, self._rows.array.shape[1]), dtype=np.float32)
         return {
             "ids": model.ids.owners[rows],
-            # these rows exist; by any other mode numpy takes memory of its own in between
-            "rows": model._table.array.take(rows, axis=0, out=self._sent[: len(rows)], mode="clip"),
             "expiry": model._expiry.array[rows] if model._expires else np.zeros(0),
             "bias": np.append(model.bias.detach().numpy(), model.optimizer_bias.numpy()),
             "statistics": model.statistics.numpy().copy(),
@@ -131,8 +143,30 @@ class Copy:
             "sightings": model._sketch[counted],
         }
 
-    def merge(self, parts: Sequence[Changes]) -> None:
-        """Take in what the copies have learned, its own `changes` among them, in the order that all use."""
+    def merge(self, parts: Sequence[Changes], number: int) -> Generator[Swap, Sequence[NDArray[np.float32]], None]:
+        """Take in what the copies have learned: their `changes`, of which this copy's own are the `number`-th.
+
+        Yields what is to be swapped with the others, twice, and is to be sent what came for it, by the copies' numbers.
+        """
+        rows, members = self._joint(parts)
+        dealt = _dealt(members)
+        which = np.split(np.argsort(dealt, kind="stable"), np.cumsum(np.bincount(dealt, minlength=len(parts)))[:-1])
+        mine, which[number] = which[number], which[number][:0]
+        changed = members[:, number] > 0
+        want = np.count_nonzero(members[mine], axis=0)
+        want[number] = 0
+        came = yield Swap(self._rows_of([rows[places[changed[places]]] for places in which]), want.tolist())
+        merged = self._merge_mine(rows[mine], members[mine], came, number)
+        give = [merged] * len(parts)
+        give[number] = merged[:0]
+        came = yield Swap(give, [len(places) for places in which])
+        for places, block in zip(which, came, strict=True):
+            _place(rows[places], block, self.model._table.array, self._rows.array)
+        self._end(parts, rows, members)
+
+    def _joint(self, parts: Sequence[Changes]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The rows that any copy has changed, in an order that is the same for all, and by which copies: see
+        `_union`."""
         model, table = self.model, self.model.ids
         ids = np.concatenate([part["ids"] for part in parts])
         rows = table.find(ids)
@@ -143,36 +177,63 @@ class Copy:
             table.insert(new)
             missing = rows < 0
             rows[missing] = table.find(ids[missing])
-        model._map()  # gathers
+        model._gather()
         self._grow(table.used)
         lengths = np.array([0, *np.cumsum([len(part["ids"]) for part in parts])])
-        union, members = _union(rows, lengths, self._places.array)
-        owners = table.owners[union]
-        origins = np.where((union < self._used) & (self._ids.array[union] == owners), union, -1)
+        found: tuple[NDArray[np.int64], NDArray[np.int32]] = _union(rows, lengths, self._places.array)
+        return found
+
+    def _room(self, count: int) -> NDArray[np.float32]:
+        """For so many rows. Kept from merge to merge: to be given memory takes longer than to fill it."""
+        if len(self._sent) < count:
+            self._sent = np.empty((count + count // 4, self._rows.array.shape[1]), dtype=np.float32)
+        return self._sent[:count]
+
+    def _rows_of(self, which: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        """What the model has in these rows."""
+        ends = np.cumsum([len(rows) for rows in which])
+        room, table = self._room(int(ends[-1])), self.model._table.array
+        blocks = np.split(room, ends[:-1])
+        for rows, block in zip(which, blocks, strict=True):
+            table.take(rows, axis=0, out=block, mode="clip")  # by another mode numpy takes memory in between
+        return blocks
+
+    def _merge_mine(
+        self,
+        rows: NDArray[np.int64],
+        members: NDArray[np.int32],
+        came: Sequence[NDArray[np.float32]],
+        number: int,
+    ) -> NDArray[np.float32]:
+        """Merge these rows with what came of them from the others, and return what they are now."""
+        model, width = self.model, self._rows.array.shape[1]
+        owners = model.ids.owners[rows]
+        origins = np.where((rows < self._used) & (self._ids.array[rows] == owners), rows, -1)
         moved = self._moved(owners, origins) if model._expires else self._rows.array[:0]
-        blocks = [np.ascontiguousarray(part["rows"]) for part in parts]
-        trust = TRUST * (len(parts) - 1)
-        memory = (
-            model._table.array,
-            self._rows.array,
-            moved,
-            np.zeros((len(parts) + 4, self._rows.array.shape[1]), dtype=np.float32),
-        )
+        merged = self._room(len(rows))
+        blocks = [np.ascontiguousarray(block) for block in came]
+        scratch = np.zeros((len(came) + 4, width), dtype=np.float32)
+        memory = model._table.array, self._rows.array, moved, scratch, merged
         _merge(
-            *(union, members, pointers_to((*memory, *blocks)), origins, owners, self._rows.array.shape[1]),
-            *(model.dim, self._linear_at, self._rules, model._numbers, trust, np.uint64(model.seed)),
-            len(model._admit) > 0,
+            *(rows, members, number, pointers_to((*memory, *blocks)), origins, owners, width),
+            *(model.dim, self._linear_at, self._rules, model._numbers, TRUST * (len(came) - 1)),
+            *(np.uint64(model.seed), len(model._admit) > 0),
         )
-        self._ids.array[union] = owners
-        model._touched.array[: table.used] &= ~np.uint8(CHECKPOINT)
-        model._touched.array[union] |= PUBLISHED
+        return merged
+
+    def _end(self, parts: Sequence[Changes], rows: NDArray[np.int64], members: NDArray[np.int32]) -> None:
+        """All but the rows."""
+        model = self.model
+        self._ids.array[rows] = model.ids.owners[rows]
+        model._touched.array[: model.ids.used] &= ~np.uint8(CHECKPOINT)
+        model._touched.array[rows] |= PUBLISHED
         if model._expires:
-            latest = np.full(len(union), -math.inf)
+            latest = np.full(len(rows), -math.inf)
             for number, part in enumerate(parts):
                 there = members[:, number] > 0
                 latest[there] = np.maximum(latest[there], part["expiry"][members[there, number] - 1])
-            model._expiry.array[union] = latest
-        self._used = table.used
+            model._expiry.array[rows] = latest
+        self._used = model.ids.used
         self._merge_others(parts)
         self._forget_expired()
         model._pointers = None
@@ -205,13 +266,13 @@ class Copy:
         blocks = [part["bias"][None] for part in parts]
         moved = [bool(np.any(part["bias"] != before["bias"])) for part in parts]
         if any(moved):
-            nothing, members = np.zeros(1, dtype=np.int64), np.array([moved], dtype=np.int32)
-            was, now = before["bias"][None].copy(), np.zeros((1, len(before["bias"])), dtype=np.float32)
-            memory = now, was, was[:0], np.zeros((len(parts) + 4, now.shape[1]), dtype=np.float32)
+            first, members = np.zeros(1, dtype=np.int64), np.array([moved], dtype=np.int32)
+            was, now, merged = before["bias"][None].copy(), np.zeros_like(blocks[0]), np.zeros_like(blocks[0])
+            memory = now, was, was[:0], np.zeros((len(parts) + 4, now.shape[1]), dtype=np.float32), merged
             _merge(
-                *(nothing, members, pointers_to((*memory, *blocks)), nothing, nothing, now.shape[1]),
-                *(0, 1, self._rules[[1, 1]], model._numbers, trust, np.uint64(0)),
-                False,
+                *(first, members, -1, pointers_to((*memory, *blocks)), first, first, now.shape[1]),
+                *(0, 1, self._rules[[1, 1]], model._numbers, trust),
+                *(np.uint64(0), False),
             )
             with torch.no_grad():
                 model.bias[0] = float(now[0, 0])
@@ -229,6 +290,20 @@ class Copy:
             # a copy that has halved its sketch counts from 0 again
             model.ids.header[SIGHTED] = int(counts[1]) % (len(model._sketch) >> 3)
         self._remember()
+
+
+def merge(copies: Sequence[Copy]) -> None:
+    """Make copies that are all in this process the same again."""
+    parts = [one.changes() for one in copies]
+    merges = [one.merge(parts, number) for number, one in enumerate(copies)]
+    swaps = [next(one) for one in merges]
+    while swaps:
+        # copied, as on a way from process to process: what one gives it fills anew before the others have taken it
+        given = [[rows.copy() for rows in swap.give] for swap in swaps]
+        swaps = []
+        for number, one in enumerate(merges):
+            with suppress(StopIteration):
+                swaps.append(one.send([rows[number] for rows in given]))
 
 
 def _joint_statistics(before: NDArray[np.float64], parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -270,6 +345,48 @@ def _union(rows: Any, lengths: Any, places: Any) -> Any:
     for at in range(count):
         places[union[at]] = 0
     return union, members
+
+
+@compiled()
+def _dealt(members: Any) -> Any:
+    """int16 `(n,)`: the copy that merges each row, of those that have changed it, in turns."""
+    dealt = np.zeros(len(members), dtype=np.int16)  # which numpy sorts in one pass
+    turn = 0
+    for u in range(len(members)):
+        count = 0
+        for c in range(members.shape[1]):
+            if members[u, c] > 0:
+                count += 1
+        # a row that one copy has changed is that one's, and takes no turn
+        nth = turn % count
+        turn += count > 1
+        for c in range(members.shape[1]):
+            if members[u, c] > 0:
+                if nth == 0:
+                    dealt[u] = c
+                nth -= 1
+    return dealt
+
+
+@compiled(inline=True)
+def _touch_row(table: Any, row: int) -> None:
+    """Ask for a row before it is needed: the rows of a merge lie anywhere."""
+    last = table.shape[1] - 1
+    for column in range(0, last, LINE):
+        touch(table, row, column)
+    touch(table, row, last)
+
+
+@compiled()
+def _place(rows: Any, block: Any, table: Any, before: Any) -> None:
+    """Put these rows of the block into a table, and into one that holds what they were."""
+    for i in range(len(rows)):
+        if i + AHEAD < len(rows):
+            _touch_row(table, rows[i + AHEAD])
+            _touch_row(before, rows[i + AHEAD])
+        for column in range(block.shape[1]):
+            table[rows[i], column] = block[i, column]
+            before[rows[i], column] = block[i, column]
 
 
 @compiled()
@@ -374,8 +491,9 @@ def _begin(row: Any, key: Any, dim: int, linear_at: int, rules: Any, numbers: An
 
 @compiled()
 def _merge(
-    union: Any,
+    rows: Any,
     members: Any,
+    number: int,
     pointers: Any,
     origins: Any,
     owners: Any,
@@ -388,25 +506,34 @@ def _merge(
     seed: Any,
     admits: bool,
 ) -> None:
-    """Fill the rows `union` of a table, and of one that holds what they were, with what they are now.
+    """Make these rows of a table what they are now, those of one that holds what they were, and a block of them.
 
-    `members`: which row of each copy's is of it, plus 1, or 0. `pointers`: to the table, what it was, the rows of ids
-    that have no row in it any more, room for `copies + 4` rows, and the rows of each copy. `origins`: the row
-    that its id had in what the table was; -1: none; from -2 down: in those without. `owners`: its id. `rules`: of the
-    factors and of the linear weight. `admits`: a new id may have begun elsewhere than at its first vector.
+    `members`: positive where a copy has changed a row. `number`: of the copy whose table it is; -1: of none.
+    `pointers`: to the table, what it was, the rows of ids that have no row in it any more, room for `copies + 4` rows,
+    the block, and of each copy those of the rows that it has changed, in their order; none of the copy whose table it
+    is. `origins`: the row that its id had in what the table was; -1: none; from -2 down: in those without. `owners`:
+    its id. `rules`: of the factors and of the linear weight. `admits`: a new id may have begun elsewhere than at its
+    first vector.
     """
     copies = members.shape[1]
     # by address: the slices below would each be counted, at more than the arithmetic costs
     table, before = held_rows(pointers, 0, width, np.float32), held_rows(pointers, 1, width, np.float32)
     moved_away, room = held_rows(pointers, 2, width, np.float32), held_rows(pointers, 3, width, np.float32)
+    block = held_rows(pointers, 4, width, np.float32)
     out, fresh, scratch, gathered = room[0], room[1], room[2:4], room[4:]
     factors, linear = numbers[1:6], numbers[6:11]
-    for u in range(len(union)):
-        count = 0
+    taken = np.zeros(copies, dtype=np.int64)
+    for u in range(len(rows)):
+        if u + AHEAD < len(rows):
+            _touch_row(table, rows[u + AHEAD])
+            _touch_row(before, rows[u + AHEAD])
+        here, was, count = table[rows[u]], before[rows[u]], 0
         for c in range(copies):
-            at = members[u, c] - 1
-            if at >= 0:
-                theirs = held_rows(pointers, 4 + c, width, np.float32)[at]
+            if members[u, c] > 0:
+                theirs = here
+                if c != number:
+                    theirs = held_rows(pointers, 5 + c, width, np.float32)[taken[c]]
+                    taken[c] += 1
                 for column in range(width):
                     gathered[count, column] = theirs[column]
                 count += 1
@@ -414,7 +541,7 @@ def _merge(
         if count == 1:
             now = gathered[0]
         else:
-            now, rows, base = out, gathered[:count], fresh
+            now, changed, base = out, gathered[:count], fresh
             if origin >= 0:
                 base = before[origin]
             elif origin < -1:
@@ -422,11 +549,12 @@ def _merge(
             else:
                 _begin(fresh, owners[u], dim, linear_at, rules, numbers, seed)
             if origin == -1 and admits:
-                _mean(out, rows, 0, width)
+                _mean(out, changed, 0, width)
             else:
-                _merge_span(out, base, rows, 0, dim + 1, dim, rules[0], factors, trust[0], scratch)
-                _merge_span(out, base, rows, dim, linear_at, 1, rules[1], linear, trust[1], scratch)
-        here, was = table[union[u]], before[union[u]]
+                _merge_span(out, base, changed, 0, dim + 1, dim, rules[0], factors, trust[0], scratch)
+                _merge_span(out, base, changed, dim, linear_at, 1, rules[1], linear, trust[1], scratch)
+        merged = block[u]
         for column in range(width):
             here[column] = now[column]
             was[column] = now[column]
+            merged[column] = now[column]

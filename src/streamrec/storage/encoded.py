@@ -252,14 +252,22 @@ def _table(rows: LabeledRows) -> Any:
 
     batch = rows.batch.compact()
     offsets = np.append(batch.starts, len(batch.ids)).astype(np.int32)
-    lists = {name: pyarrow.ListArray.from_arrays(offsets, getattr(batch, name)) for name in ("ids", "values", "fields")}
-    columns = {**lists, "time": batch.times, "label": rows.labels, "weight": rows.weights}
+    columns: dict[str, Any] = {}
+    for name in ("ids", "values", "fields"):
+        entries = pyarrow.array(getattr(batch, name))
+        kind = pyarrow.list_(pyarrow.field("element", entries.type, nullable=False))
+        columns[name] = pyarrow.ListArray.from_arrays(offsets, entries, type=kind)
+    columns |= {"time": batch.times, "label": rows.labels, "weight": rows.weights}
+    columns = {name: pyarrow.array(column) for name, column in columns.items()}
+    # said of each column and entry that none is null, for else Parquet keeps and reads of each entry whether it is
+    fields = [pyarrow.field(name, column.type, nullable=False) for name, column in columns.items()]
     if batch.text_refs.size:
         texts = [*batch.texts, None]  # a reference of -1 reads the last
         columns["texts"] = pyarrow.array(
             [[texts[ref] for ref in refs] for refs in batch.text_refs.tolist()], pyarrow.list_(pyarrow.string())
         )
-    return pyarrow.table(columns)
+        fields.append(pyarrow.field("texts", columns["texts"].type))
+    return pyarrow.table(columns, schema=pyarrow.schema(fields))
 
 
 def _rows(table: Any, text_fields: int) -> LabeledRows:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 from distributed import Client
+from numpy.typing import NDArray
 
 from streamrec.adapters.dask._cluster import ClusterError, given, threads_of
 from streamrec.adapters.dask._ranks import Group, Parted, Ranks, run_ranks
@@ -162,7 +165,11 @@ class _Learner(BatchTrainer):
     def _merge(self) -> None:
         assert self._copy is not None
         parts = self._group.gather({"learned": self._learned_here, "changes": self._copy.changes()})
-        self._copy.merge([part["changes"] for part in parts])
+        merging = self._copy.merge([part["changes"] for part in parts], self._group.number)
+        came: list[NDArray[np.float32]] | None = None
+        with suppress(StopIteration):
+            while True:
+                came = self._group.swap(*merging.send(came))  # type: ignore[arg-type]  # None begins it
         self._learned = self._learned_before + sum(part["learned"] for part in parts)
 
     def together(self) -> None:

@@ -36,8 +36,9 @@ def fit(
     are the trainer's. `data`: encoded rows that all workers can read, or their URI, from the first row on. A `Dense` or
     a `BertCTR` is learned by `fit_dense`, `copies` being its ranks.
 
-    Each copy takes three times the memory of the model (itself, what it was at the last merge, what is sent), three
-    windows of rows, and up to `keep` bytes of decoded rows, which it keeps for the next epoch.
+    Each copy takes some five times the memory of the model (itself, what it was at the last merge, what is sent, what
+    comes, room to grow), however many there are, three windows of rows, and up to `keep` bytes of decoded rows, which
+    it keeps for the next epoch.
 
     The trainer's store, if it has one, gets a checkpoint every `checkpoint_seconds` from the worker of the first copy,
     where that can write to it, and the result from the client. Where a worker is lost, the others go on from the newest

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from distributed import Client, get_worker
 from distributed.comm.addressing import get_address_host
+from numpy.typing import NDArray
 from torch import distributed as dist
 
 from streamrec.adapters.dask._cluster import ClusterError, Task, ended, result, submit, threads_of, told
@@ -74,7 +75,7 @@ class Group:
         """Where these ranks, and no others, can tell each other of a group of another kind."""
         self._meeting = meeting
         self._group: Any = None
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[tuple[str, int], torch.Tensor] = {}
         if meeting is None or size == 1:
             return
         patience = datetime.timedelta(seconds=meeting.timeout)
@@ -108,43 +109,46 @@ class Group:
         """
         if self._group is None:
             return [message]
-        chunks = [_as_tensor(chunk) for chunk in pack(message) if len(chunk)]
-        with parting():
-            counts = self._swap([torch.tensor([len(chunks)])], lambda rank: [torch.zeros(1, dtype=torch.int64)])
-            lengths = self._swap(
-                [torch.tensor([len(chunk) for chunk in chunks])],
-                lambda rank: [torch.zeros(int(counts[rank][0]), dtype=torch.int64)],
-            )
-            sizes = {rank: found.tolist() for rank, (found,) in lengths.items()}
-            self._swap(chunks, lambda rank: torch.split(self._room(rank, sum(sizes[rank])), sizes[rank]))
-        received = {rank: unpack(self._room(rank, sum(size)).numpy()) for rank, size in sizes.items()}
-        return [received.get(rank, message) for rank in range(self.size)]
+        mine = torch.frombuffer(bytearray().join(pack(message)), dtype=torch.uint8)
+        length = torch.tensor([len(mine)]).view(torch.uint8)
+        there = self._swap([length] * self.size, [len(length)] * self.size, "lengths")
+        sizes = [int(size.view(torch.int64).sum()) for size in there]  # of this rank, nothing
+        found = self._swap([mine] * self.size, sizes, "messages")
+        return [message if rank == self.number else unpack(one.numpy()) for rank, one in enumerate(found)]
 
-    def _swap(
-        self, mine: Sequence[torch.Tensor], room: Callable[[int], Sequence[torch.Tensor]]
-    ) -> dict[int, Sequence[torch.Tensor]]:
-        """Send these tensors to every other rank, and receive what it sends, one by one, in this room.
+    def swap(self, give: Sequence[NDArray[Any]], want: Sequence[int]) -> list[NDArray[Any]]:
+        """Give each rank the rows that are for it, and get so many from it as it gives: both must know. Rows are of one
+        kind and width; this rank itself gives and gets none.
+
+        What came stays as it is until the next call. Raises `Parted`.
+        """
+        kind, width = give[0].dtype, give[0].shape[1:]
+        row = kind.itemsize * math.prod(width)
+        mine = [torch.from_numpy(rows).flatten().view(torch.uint8) for rows in give]
+        found = self._swap(mine, [row * count for count in want], "rows")
+        return [one.numpy().view(kind).reshape(-1, *width) for one in found]
+
+    def _swap(self, mine: Sequence[torch.Tensor], sizes: Sequence[int], what: str) -> list[torch.Tensor]:
+        """Send each other rank these bytes, and receive so many from it.
 
         From rank to rank, from and into memory that is there: torch's own allgather takes new memory for all each time,
         which costs a system more than to send it.
         """
-        theirs = {rank: room(rank) for rank in range(self.size) if rank != self.number}
-        works = [self._group.recv([to], rank, tag) for rank, some in theirs.items() for tag, to in enumerate(some)]
-        works += [self._group.send([one], rank, tag) for rank in theirs for tag, one in enumerate(mine)]
-        for work in works:
-            work.wait()
+        theirs = [self._room(what, rank, size * (rank != self.number)) for rank, size in enumerate(sizes)]
+        with parting():
+            works = [self._group.recv([to], rank, 0) for rank, to in enumerate(theirs) if len(to)]
+            for rank, one in enumerate(mine):
+                if rank != self.number and len(one):
+                    works.append(self._group.send([one], rank, 0))
+            for work in works:
+                work.wait()
         return theirs
 
-    def _room(self, rank: int, size: int) -> torch.Tensor:
+    def _room(self, what: str, rank: int, size: int) -> torch.Tensor:
         """For what this rank sends."""
-        if len(self._memory.get(rank, ())) < size:
-            self._memory[rank] = torch.empty(size + size // 4, dtype=torch.uint8)
-        return self._memory[rank][:size]
-
-
-def _as_tensor(chunk: memoryview) -> torch.Tensor:
-    """Bytes, copied only where torch would complain that it must not write to them."""
-    return torch.frombuffer(bytearray(chunk) if chunk.readonly else chunk, dtype=torch.uint8)
+        if len(self._memory.get((what, rank), ())) < size:
+            self._memory[what, rank] = torch.empty(size + size // 4, dtype=torch.uint8)
+        return self._memory[what, rank][:size] if size else torch.empty(0, dtype=torch.uint8)
 
 
 class parting:
