@@ -2,15 +2,15 @@
 
     python -m benchmarks.dask [events] [rows] [what ...]
 
-`events`: of the archive that is prepared; `rows`: of the encoded one of ten fields that is fitted, besides a tenth more
-that both results are judged by (one of 39 fields, as Criteo's has, holds as many entries); `what`: prepare, fit, score,
-one or more of them. Needs two free cores: beside the ratio of the seconds by the clock stands that of the CPU seconds
-of the one process to those of the busier worker, which is what the clock would show on cores that nobody else uses, if
-nobody waited for anybody; and what it could show at most on two cores, which the client and the scheduler use, too:
-the CPU seconds of the one process by half of those of all three. Last, what the cores themselves give: how much more
-two processes do in the same time that each do the whole work of the one and have nothing to do with each other; two
-cores that are threads of one, or whose cache is too small for both, give less than 2. Every worker compiles what it
-runs before it is measured, as the one process does.
+`events`: of the archive that is prepared; `rows`: of the encoded one of ten fields and 200,000 ids that is fitted,
+besides a tenth more that both results are judged by (one of 39 fields, as Criteo's has, holds as many entries; another
+has 20,000 ids); `what`: prepare, fit, score, one or more of them. Needs two free cores: beside the ratio of the seconds
+by the clock stands that of the CPU seconds of the one process to those of the busier worker, which is what the clock
+would show on cores that nobody else uses, if nobody waited for anybody; and what it could show at most on two cores,
+which the client and the scheduler use, too: the CPU seconds of the one process by half of those of all three. Last,
+what the cores themselves give: how much more two processes do in the same time that each do the whole work of the one
+and have nothing to do with each other; two cores that are threads of one, or whose cache is too small for both, give
+less than 2. Every worker compiles what it runs before it is measured, as the one process does.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def scored_alone(model: sr.FM, users: list[str], folder: str, catalogue: list[st
         _best(where, model, _Items(catalogue), users[at : at + 1000], 100, f"{folder}/alone-{os.getpid()}", number)
 
 
-def write_rows(out: str, rows: int, fields: int) -> tuple[sr.EncodedRows, LabeledRows]:
-    """Rows of 200,000 ids, encoded, in files as `prepare` makes them; and a tenth more, to judge by."""
-    stream = zipf(rows + rows // 10, fields=fields, ids=200_000, even=False)
+def write_rows(out: str, rows: int, fields: int, ids: int = 200_000) -> tuple[sr.EncodedRows, LabeledRows]:
+    """Rows of so many ids, encoded, in files as `prepare` makes them; and a tenth more, to judge by."""
+    stream = zipf(rows + rows // 10, fields=fields, ids=ids, even=False)
     schema, batch, labels = stream.schema, stream.batch, stream.labels
     times = START + np.arange(len(labels), dtype=np.float64)
     whole = LabeledRows(replace(batch, times=times), labels, np.ones(len(labels), dtype=np.float32))
@@ -161,7 +161,7 @@ def apart(client: Any, work: Callable[[], object]) -> float:
     return clock() - start
 
 
-def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions: int = 3) -> None:
+def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions: int = 5) -> None:
     """Print the medians and their ratios."""
     import pyarrow
     from distributed import Client, LocalCluster
@@ -201,19 +201,24 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
             tests: dict[str, LabeledRows] = {}
             trained: dict[str, sr.FM] = {}
             if "fit" in chosen or not chosen:
-                sets = {n: write_rows(f"{name}/fit-{n}", rows * 10 // n, n) for n in (10, 39)}
+                kinds = ((10, 200_000), (39, 200_000), (10, 20_000))
+                sets = {
+                    kind: write_rows("-".join(map(str, (f"{name}/fit", *kind))), rows * 10 // kind[0], *kind)
+                    for kind in kinds
+                }
 
                 def fit(data: sr.EncodedRows, epochs: int) -> sr.FM:
                     trainer = sr.BatchTrainer(model=sr.FM(data.schema, dim=16), epochs=epochs)
                     dask.fit(client, trainer, data)
                     return trainer.model
 
-                for what, fields, epochs in (
-                    ("fit", 10, EPOCHS),
-                    ("fit, one epoch", 10, 1),
-                    ("fit, 39 fields", 39, EPOCHS),
+                for what, kind, epochs in (
+                    ("fit", kinds[0], EPOCHS),
+                    ("fit, one epoch", kinds[0], 1),
+                    ("fit, 39 fields", kinds[1], EPOCHS),
+                    ("fit, 20,000 ids", kinds[2], EPOCHS),
                 ):
-                    data, tests[what] = sets[fields]
+                    data, tests[what] = sets[kind]
                     works[what] = partial(fitted_alone, data, epochs), partial(fit, data, epochs)
             sizes = f"{rows:,} rows of 10 fields, {rows * 10 // 39:,} of 39"
             print(f"{count:,} events; {len(users):,} users, {len(items):,} items; {sizes}, {EPOCHS} epochs\n")
@@ -240,7 +245,7 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
                     flush=True,
                 )
             for who, fitted in trained.items():
-                test = tests[who.rpartition(",")[0]]
+                test = tests[who.rpartition(", ")[0]]
                 print(f"  AUC, {who:<27} {auc(test.labels, fitted.predict(test.batch)):.4f}")
             if not chosen or "prepare" in chosen:
                 same = sr.EncodedRows(f"{name}/alone-{os.getpid()}"), sr.EncodedRows(f"{name}/two")

@@ -388,16 +388,19 @@ def test_a_lost_scheduler_and_one_without_workers_are_clear_errors(
                 patched.setattr("streamrec.adapters.dask._cluster.NOBODY", 0.5)
                 with pytest.raises(dask.ClusterError, match="the cluster has had no worker"):
                     dask.prepare(client, archive, str(tmp_path / "out"), schema=Schema)
-            model, out = sr.FM(Schema, dim=4), str(tmp_path / "out")
-            lost = pytest.raises(dask.ClusterError, match="the scheduler is lost")
-            with ThreadPoolExecutor() as threads, lost:
-                scored = threads.submit(dask.score, client, model, ["u1"], out, catalogue=["p1"], timeout=60.0)
+            (model, rows), out = trained(tmp_path), str(tmp_path / "out")
+            with ThreadPoolExecutor() as threads:
+                waiting = [
+                    threads.submit(dask.score, client, model, ["u1"], out, catalogue=["p1"], timeout=60.0),
+                    threads.submit(dask.evaluate, client, model, rows, metrics=METRICS, timeout=60.0),
+                    threads.submit(dask.prepare, client, archive, out, schema=Schema, timeout=60.0),
+                ]
                 killer = threading.Timer(1.0, scheduler.kill)  # nobody works there: the tasks wait
                 killer.start()
-                with pytest.raises(dask.ClusterError, match="the scheduler is lost"):
-                    dask.prepare(client, archive, out, schema=Schema, timeout=60.0)
+                for one in waiting:
+                    with pytest.raises(dask.ClusterError, match="the scheduler is lost"):
+                        one.result()
                 killer.join()
-                scored.result()
     finally:
         scheduler.kill()
         scheduler.wait()

@@ -28,7 +28,7 @@ from streamrec.models._text_learning import Example, Learning
 from streamrec.models.text_encoder import TextEncoder, normalised
 from streamrec.models.tuning import AdamW, LoRA
 
-__all__ = ["Beside", "Stopped"]
+__all__ = ["Stopped", "TextProcess"]
 
 NICE = 10
 """How far behind the stream it stands for a core that both want, as `nice` counts."""
@@ -46,7 +46,7 @@ class Stopped(Exception):
     """Raised in the thread that waits for an answer when the process is stopped."""
 
 
-class Beside:
+class TextProcess:
     """A `Learning` in a process of its own, which begins with the first question and goes on from the `cut` here.
 
     One thread asks; `stop` may be called from any. A process that died is replaced by another that goes on from the

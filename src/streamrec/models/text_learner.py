@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamrec.errors import ConfigError
 from streamrec.models._text_learning import Example, Learning
-from streamrec.models._text_process import Beside, Stopped
+from streamrec.models._text_process import Stopped, TextProcess
 from streamrec.models.text_cache import TextCache
 from streamrec.models.text_encoder import TextEncoder
 from streamrec.models.tuning import AdamW, LoRA
@@ -191,8 +191,8 @@ class _Worker:
 
     def __init__(self, cache: TextCache, here: Learning, steps: int, room: int, background: bool) -> None:
         self.here, self._steps = here, steps
-        self.beside = Beside(here) if background else None
-        self._learning: Learning | Beside = self.beside or here
+        self.beside = TextProcess(here) if background else None
+        self._learning: Learning | TextProcess = self.beside or here
         self.cache = cache
         """By the encoder of now, whose vectors are kept while those of the next are computed."""
         self._waiting: deque[Example] = deque()
