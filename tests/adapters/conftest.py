@@ -72,7 +72,8 @@ def client(clients: list[Any]) -> Any:
     if not clients:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # starting a cluster is not what is tested
-            clients.append(distributed.Client(local_cluster()))
+            # nothing may take the default client of all for the one that it was given
+            clients.append(distributed.Client(local_cluster(), set_as_default=False))
     return clients[-1]
 
 

@@ -253,7 +253,7 @@ def test_a_busy_cluster_is_a_clear_error(client: Any, tmp_path: Path) -> None:
             dask.fit(client, make(), uri, copies=2, timeout=2.0)
     finally:
         flag.touch()
-        distributed.wait(held)
+        client.gather(held)
 
 
 def test_ranks_stop_when_the_client_gives_up(client: Any, tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def test_ranks_stop_when_the_client_gives_up(client: Any, tmp_path: Path) -> Non
 
     with pytest.raises(dask.ClusterError, match="nothing was heard of the ranks for 2 s"):
         dask.fit(client, make(epochs=100, schedule=slow), uri, copies=1, timeout=2.0)
-    distributed.wait(  # each worker has one thread, which is free again long before the training would have ended
-        [client.submit(abs, 1, workers=[address], pure=False) for address in client.nthreads()], timeout=60
-    )
+    for address in client.nthreads():
+        # each worker has one thread, which is free again long before the training would have ended
+        client.submit(abs, 1, workers=[address], pure=False).result(timeout=60)
     assert steps.stat().st_size < 50
     assert set(client.run(open_stores).values()) == {0}
 

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from distributed import Client, Future, wait
+from distributed import Client, Future
 from distributed.comm.core import CommClosedError
 from distributed.protocol import pickle
 from distributed.protocol.serialize import dask_serialize
@@ -21,10 +22,10 @@ from streamrec.errors import ConfigError, StreamrecError
 from streamrec.models import FM
 
 __all__ = [
+    "Asked",
     "ClusterError",
     "DeadlyTask",
     "Task",
-    "ended",
     "given",
     "lost_scheduler",
     "once",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Tag = TypeVar("Tag")
 
 NOBODY = 300.0
 """Seconds in which a cluster that has no workers, for its last one died or none has come yet, may get one."""
@@ -146,6 +148,57 @@ def spread(client: Client, *values: Future[Any] | None) -> None:
         )
 
 
+class Asked(Generic[Tag]):
+    """Tasks that a client was asked for, each with a tag, and have not been seen to end."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.tags: dict[Future[Any], Tag] = {}
+        """Of those."""
+        # by a call from the client and not by distributed.wait, which asks the client that is the default of all, and
+        # looks at every future each time
+        self._ended: SimpleQueue[Future[Any]] = SimpleQueue()
+
+    def ask(self, tag: Tag, task: Task) -> None:
+        """Ask for one more."""
+        future = submit(self.client, task)
+        self.tags[future] = tag
+        future.add_done_callback(self._ended.put)  # type: ignore[no-untyped-call]
+
+    def ended(self, *, timeout: float, at_most: float = math.inf) -> list[tuple[Tag, Future[Any]]]:
+        """Those that have ended, one at least, unless that takes longer than `at_most` seconds. Raises `ClusterError`
+        where none does in `timeout` seconds, or the cluster has lost its workers or its scheduler."""
+        begun = peopled = time.monotonic()
+        while True:
+            found = []
+            with suppress(Empty):
+                found.append(self._ended.get(timeout=1.0))
+                while True:
+                    found.append(self._ended.get_nowait())
+            if found:
+                return [(self.tags.pop(future), future) for future in found]
+            if time.monotonic() > begun + at_most:
+                return []
+            workers = len(threads_of(self.client))
+            if workers:
+                peopled = time.monotonic()
+            elif time.monotonic() > peopled + NOBODY:
+                raise ClusterError(
+                    f"the cluster has had no worker for {NOBODY:.0f} s: see in the logs why they died, or start some, "
+                    "and call again"
+                )
+            if time.monotonic() > begun + timeout:
+                raise ClusterError(
+                    f"no task has ended in {timeout:.0f} s, with {workers} workers; see what they do in the dashboard, "
+                    "add workers, or raise timeout"
+                )
+
+    def cancel(self) -> None:
+        """Leave nothing running."""
+        with suppress(Exception):  # an error before is the one to raise
+            self.client.cancel([*self.tags], force=True)  # type: ignore[no-untyped-call]
+
+
 def results(
     client: Client, tasks: Sequence[Task], *, timeout: float, ahead: int = 0, deadly: bool = False
 ) -> Iterator[tuple[int, Any]]:
@@ -156,14 +209,12 @@ def results(
     `DeadlyTask` for its result.
     """
     waiting = list(enumerate(tasks))[::-1]
-    places: dict[Future[Any], int] = {}
+    asked = Asked[int](client)
     try:
-        while waiting or places:
-            while waiting and (not ahead or len(places) < ahead):
-                place, task = waiting.pop()
-                places[submit(client, task)] = place
-            for future in ended(client, list(places), timeout=timeout):
-                place = places.pop(future)
+        while waiting or asked.tags:
+            while waiting and (not ahead or len(asked.tags) < ahead):
+                asked.ask(*waiting.pop())
+            for place, future in asked.ended(timeout=timeout):
                 try:
                     found = result(client, future, timeout=timeout)
                 except DeadlyTask as error:
@@ -172,38 +223,7 @@ def results(
                     found = error
                 yield place, found
     finally:
-        with suppress(Exception):  # the first error is the one to raise
-            client.cancel(list(places), force=True)  # type: ignore[no-untyped-call]
-
-
-def ended(
-    client: Client, futures: Sequence[Future[Any]], *, timeout: float, at_most: float = math.inf
-) -> list[Future[Any]]:
-    """Those that have ended, one at least, unless that takes longer than `at_most` seconds. Raises `ClusterError`."""
-    begun = peopled = time.monotonic()
-    while True:
-        with told(client):
-            try:
-                done = wait(futures, timeout=1.0, return_when="FIRST_COMPLETED").done  # type: ignore[no-untyped-call]
-            except TimeoutError:
-                done = ()
-        if done:
-            return [future for future in futures if future in done]
-        if time.monotonic() > begun + at_most:
-            return []
-        workers = len(threads_of(client))
-        if workers:
-            peopled = time.monotonic()
-        elif time.monotonic() > peopled + NOBODY:
-            raise ClusterError(
-                f"the cluster has had no worker for {NOBODY:.0f} s: see in the logs why they died, or start some, and "
-                "call again"
-            )
-        if time.monotonic() > begun + timeout:
-            raise ClusterError(
-                f"no task has ended in {timeout:.0f} s, with {workers} workers; see what they do in the dashboard, add "
-                "workers, or raise timeout"
-            )
+        asked.cancel()
 
 
 def result(client: Client, future: Future[Any], *, timeout: float) -> Any:

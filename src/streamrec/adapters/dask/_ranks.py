@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from distributed import Client, get_worker
@@ -18,10 +18,12 @@ from distributed.comm.addressing import get_address_host
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from streamrec.adapters.dask._cluster import ClusterError, Task, ended, result, submit, threads_of, told
+from streamrec.adapters.dask._cluster import Asked, ClusterError, Task, result, threads_of, told
 from streamrec.storage._pack import pack, unpack
 
 __all__ = ["Group", "Parted", "Ranks", "parting", "run_ranks"]
+
+Tag = TypeVar("Tag")
 
 GRACE = 5.0
 """Seconds in which the others may say what went wrong, when one rank has lost them."""
@@ -246,54 +248,48 @@ def run_ranks(
         heard(event[1])
 
     first = next(address for address, numbers in ranks.of.items() if 0 in numbers)
-    futures: dict[Any, Sequence[int]] = {}
+    asked = Asked[Sequence[int]](client)  # the numbers of the ranks of each task
     try:
         with told(client):
             client.subscribe_topic(topic, hear)  # type: ignore[no-untyped-call]
-        opened = submit(client, Task("meet", _open, (token, timeout), [first], True))
-        futures[opened] = ()
-        _wait(client, [opened], ranks, timeout, life)
+        asked.ask((), Task("meet", _open, (token, timeout), [first], True))
+        [(_, opened)] = _wait(asked, ranks, timeout, life)
         meeting = result(client, opened, timeout=timeout)
-        del futures[opened]
         for address, numbers in ranks.of.items():
             task = Task("fit", _member, (work, meeting, numbers, size, topic, *arguments), [address], True)
-            futures[submit(client, task)] = numbers
+            asked.ask(numbers, task)
         found: dict[int, Any] = {}
-        waiting = dict(futures)
-        while waiting:
-            done = _wait(client, [*waiting], ranks, timeout if silence is None else silence, life)
-            for future in done:
+        while asked.tags:
+            for numbers, future in _wait(asked, ranks, timeout if silence is None else silence, life):
                 try:
-                    found.update(zip(waiting.pop(future), result(client, future, timeout=timeout), strict=True))
+                    found.update(zip(numbers, result(client, future, timeout=timeout), strict=True))
                 except Parted as parted:
-                    _raise_cause(client, [*waiting], ranks, parted)
+                    _raise_cause(asked, ranks, parted)
         return [found[number] for number in range(size)]
     finally:
         with suppress(Exception):  # the first error is the one to raise
             client.unsubscribe_topic(topic)  # type: ignore[no-untyped-call]
-        with suppress(Exception):
-            client.cancel([*futures], force=True)  # type: ignore[no-untyped-call]
+        asked.cancel()
         with suppress(Exception):
             # one that is gone would be called for half a minute
             living = [address for address in threads_of(client) if address in ranks.of]
             client.run(_give_up, token, workers=living, on_error="ignore", wait=False)
 
 
-def _raise_cause(client: Client, others: Sequence[Any], ranks: Ranks, parted: Parted) -> None:
+def _raise_cause(others: Asked[Any], ranks: Ranks, parted: Parted) -> None:
     """Raise what made the ranks part: what another of them raised, if that comes soon, or else the parting."""
     deadline = time.monotonic() + GRACE
-    while others and time.monotonic() < deadline:
-        for future in _ended(client, others, ranks):
-            others = [one for one in others if one is not future]
+    while others.tags and time.monotonic() < deadline:
+        for _, future in _ended(others, ranks):
             with suppress(Parted):
-                result(client, future, timeout=GRACE)
+                result(others.client, future, timeout=GRACE)
     raise parted
 
 
-def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, life: list[float]) -> Sequence[Any]:
+def _wait(asked: Asked[Tag], ranks: Ranks, timeout: float, life: list[float]) -> list[tuple[Tag, Any]]:
     """Those that have ended, one at least, while all workers are there and something is heard of them."""
     while True:
-        done = _ended(client, futures, ranks)
+        done = _ended(asked, ranks)
         if done:
             return done
         if time.monotonic() > life[0] + timeout:
@@ -303,11 +299,11 @@ def _wait(client: Client, futures: Sequence[Any], ranks: Ranks, timeout: float, 
             )
 
 
-def _ended(client: Client, futures: Sequence[Any], ranks: Ranks) -> Sequence[Any]:
+def _ended(asked: Asked[Tag], ranks: Ranks) -> list[tuple[Tag, Any]]:
     """Those that have ended, or do within a second. Raises `Parted` where a worker is gone."""
-    done = ended(client, futures, timeout=math.inf, at_most=1.0)
+    done = asked.ended(timeout=math.inf, at_most=1.0)
     if not done:
-        there = threads_of(client)
+        there = threads_of(asked.client)
         missing = [address for address in ranks.of if address not in there]
         if missing:
             raise Parted(f"the workers {', '.join(missing)} are gone")
