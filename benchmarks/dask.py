@@ -114,7 +114,7 @@ def scored_alone(model: sr.FM, users: list[str], folder: str, catalogue: list[st
         _best(where, model, _Items(catalogue), users[at : at + 1000], 100, f"{folder}/alone-{os.getpid()}", number)
 
 
-def write_rows(out: str, rows: int, fields: int, ids: int = 200_000) -> tuple[sr.EncodedRows, LabeledRows]:
+def write_rows(out: str, rows: int, fields: int, ids: int) -> tuple[sr.EncodedRows, LabeledRows]:
     """Rows of so many ids, encoded, in files as `prepare` makes them; and a tenth more, to judge by."""
     stream = zipf(rows + rows // 10, fields=fields, ids=ids, even=False)
     schema, batch, labels = stream.schema, stream.batch, stream.labels
@@ -201,10 +201,10 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
             tests: dict[str, LabeledRows] = {}
             trained: dict[str, sr.FM] = {}
             if "fit" in chosen or not chosen:
-                kinds = ((10, 200_000), (39, 200_000), (10, 20_000))
+                usual, wide, small_model = kinds = (10, 200_000), (39, 200_000), (10, 20_000)  # fields, ids
                 sets = {
-                    kind: write_rows("-".join(map(str, (f"{name}/fit", *kind))), rows * 10 // kind[0], *kind)
-                    for kind in kinds
+                    (fields, ids): write_rows(f"{name}/fit-{fields}-{ids}", rows * 10 // fields, fields, ids)
+                    for fields, ids in kinds
                 }
 
                 def fit(data: sr.EncodedRows, epochs: int) -> sr.FM:
@@ -213,10 +213,10 @@ def main(shown: int = 500_000, rows: int = 2_000_000, *chosen: str, repetitions:
                     return trainer.model
 
                 for what, kind, epochs in (
-                    ("fit", kinds[0], EPOCHS),
-                    ("fit, one epoch", kinds[0], 1),
-                    ("fit, 39 fields", kinds[1], EPOCHS),
-                    ("fit, 20,000 ids", kinds[2], EPOCHS),
+                    ("fit", usual, EPOCHS),
+                    ("fit, one epoch", usual, 1),
+                    ("fit, 39 fields", wide, EPOCHS),
+                    ("fit, 20,000 ids", small_model, EPOCHS),
                 ):
                     data, tests[what] = sets[kind]
                     works[what] = partial(fitted_alone, data, epochs), partial(fit, data, epochs)

@@ -25,7 +25,7 @@ from streamrec.adapters.dask import _share
 from streamrec.adapters.dask._share import Cuts
 from streamrec.batch import LabeledRows
 from streamrec.models import merging
-from streamrec.models.merging import Copy, merge
+from streamrec.models.merging import Copy, merge, swapped
 
 __all__ = ["main"]
 
@@ -76,9 +76,8 @@ def cost(stream: Stream, copies: int, apart: int) -> str:
         start = time.process_time()
         swaps = [one.send(rows) for one, rows in zip(merges, came, strict=True)]  # type: ignore[arg-type]
         seconds += time.process_time() - start
-        given = [[rows.copy() for rows in swap.give] for swap in swaps]
-        came = [[rows[number] for rows in given] for number in range(copies)]  # type: ignore[misc]
-        received += sum(rows.nbytes for some in given for rows in some)
+        came = swapped(swaps)  # type: ignore[assignment]
+        received += sum(rows.nbytes for some in swaps for rows in some.give)
     start = time.process_time()
     for one, rows in zip(merges, came, strict=True):
         with suppress(StopIteration):

@@ -10,7 +10,7 @@ import pytest
 
 import streamrec as sr
 from streamrec.batch import Batch
-from streamrec.models.merging import Copy, merge
+from streamrec.models.merging import Copy, merge, swapped
 from streamrec.preprocessors import encode
 
 START = 1_700_000_000.0
@@ -148,9 +148,9 @@ def test_what_a_copy_gets_does_not_grow_with_their_number(count: int) -> None:
         for number, swap in enumerate(swaps):
             assert [len(one.give[number]) for one in swaps] == swap.want and swap.want[number] == 0
             got[number] += sum(swap.want)
-        given, swaps = [[one.copy() for one in swap.give] for swap in swaps], []
-        for number, merge_of_one in enumerate(merges):
+        came, swaps = swapped(swaps), []
+        for one, rows_for_it in zip(merges, came, strict=True):
             with suppress(StopIteration):
-                swaps.append(merge_of_one.send([one[number] for one in given]))
+                swaps.append(one.send(rows_for_it))
     assert rows // 2 <= min(got) and max(got) <= 2 * rows
     assert all(rows_of(model) == rows_of(models[0]) for model in models)

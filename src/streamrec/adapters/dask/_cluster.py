@@ -154,7 +154,7 @@ class Asked(Generic[Tag]):
     def __init__(self, client: Client) -> None:
         self.client = client
         self.tags: dict[Future[Any], Tag] = {}
-        """Of those."""
+        """The tag of each of their futures."""
         # by a call from the client and not by distributed.wait, which asks the client that is the default of all, and
         # looks at every future each time
         self._ended: SimpleQueue[Future[Any]] = SimpleQueue()

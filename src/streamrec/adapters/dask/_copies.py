@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 from distributed import Client
-from numpy.typing import NDArray
 
 from streamrec.adapters.dask._cluster import ClusterError, given, threads_of
 from streamrec.adapters.dask._ranks import Group, Parted, Ranks, run_ranks
@@ -166,10 +164,10 @@ class _Learner(BatchTrainer):
         assert self._copy is not None
         parts = self._group.gather({"learned": self._learned_here, "changes": self._copy.changes()})
         merging = self._copy.merge([part["changes"] for part in parts], self._group.number)
-        came: list[NDArray[np.float32]] | None = None
         with suppress(StopIteration):
+            swap = next(merging)
             while True:
-                came = self._group.swap(*merging.send(came))  # type: ignore[arg-type]  # None begins it
+                swap = merging.send(self._group.swap(*swap))
         self._learned = self._learned_before + sum(part["learned"] for part in parts)
 
     def together(self) -> None:

@@ -148,9 +148,10 @@ class Group:
 
     def _room(self, what: str, rank: int, size: int) -> torch.Tensor:
         """For what this rank sends."""
-        if len(self._memory.get((what, rank), ())) < size:
-            self._memory[what, rank] = torch.empty(size + size // 4, dtype=torch.uint8)
-        return self._memory[what, rank][:size] if size else torch.empty(0, dtype=torch.uint8)
+        memory = self._memory.get((what, rank), torch.empty(0, dtype=torch.uint8))
+        if len(memory) < size:
+            memory = self._memory[what, rank] = torch.empty(size + size // 4, dtype=torch.uint8)
+        return memory[:size]
 
 
 class parting:
